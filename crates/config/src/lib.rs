@@ -1,0 +1,1 @@
+//! Typed configuration: YAML layers, key=value overrides, provenance and validation.

@@ -1,0 +1,1 @@
+//! Where model, checkpoint and device meet: placement, forward runs, verification.

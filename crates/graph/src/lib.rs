@@ -1,0 +1,1 @@
+//! Symbolic programs: builder with shape inference, StableHLO printer, reference interpreter.

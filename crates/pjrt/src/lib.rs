@@ -1,0 +1,1 @@
+//! OpenXLA through the PJRT C API: plugins, clients, buffers, executables.
