@@ -1,0 +1,1 @@
+//! Orbax checkpoints: the trees that MaxText writes and reads.
