@@ -14,4 +14,6 @@
 //! be left over come in as data. It depends on `tensor` alone.
 
 pub mod commit;
+pub mod mmap;
 pub mod orbax;
+pub mod safetensors;
