@@ -1,7 +1,8 @@
 //! Symbolic programs: builder with shape inference, StableHLO printer, reference interpreter.
 //!
 //! A [`Graph`] is built op by op; every op checks its operands at once and an error names the op, the operand types, the
-//! source line that built it and the scope it stood in. [`Graph::finish`] makes a [`Program`], a finished list of typed nodes.
+//! source line that built it and the scope it stood in. [`Graph::finish`] makes a [`Program`], whose
+//! [`stablehlo`](Program::stablehlo) text is what a compiler takes.
 //!
 //! **Invariants:** no I/O, no plugin, no model. Operands always come before their users. The type of a result follows from
 //! the op and its operand types alone. No op broadcasts or converts unless its name says so.
@@ -9,6 +10,7 @@
 mod build;
 mod error;
 mod graph;
+mod hlo;
 mod infer;
 mod op;
 mod program;

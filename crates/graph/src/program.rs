@@ -71,4 +71,10 @@ impl Program {
     pub fn mesh(&self) -> Option<&Mesh> {
         self.mesh.as_ref()
     }
+
+    /// The program as StableHLO text: deterministic, with exact constants and without dead nodes.
+    #[must_use]
+    pub fn stablehlo(&self) -> String {
+        crate::hlo::print(self)
+    }
 }
