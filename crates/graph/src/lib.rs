@@ -2,7 +2,8 @@
 //!
 //! A [`Graph`] is built op by op; every op checks its operands at once and an error names the op, the operand types, the
 //! source line that built it and the scope it stood in. [`Graph::finish`] makes a [`Program`], whose
-//! [`stablehlo`](Program::stablehlo) text is what a compiler takes.
+//! [`stablehlo`](Program::stablehlo) text is what a compiler takes and which [`interp::run`] evaluates slowly
+//! and plainly as an oracle for tests.
 //!
 //! **Invariants:** no I/O, no plugin, no model. Operands always come before their users. The type of a result follows from
 //! the op and its operand types alone. No op broadcasts or converts unless its name says so.
@@ -12,6 +13,7 @@ mod error;
 mod graph;
 mod hlo;
 mod infer;
+pub mod interp;
 mod op;
 mod program;
 mod sharding;
