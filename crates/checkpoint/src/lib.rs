@@ -14,6 +14,7 @@
 //! be left over come in as data. It depends on `tensor` alone.
 
 pub mod commit;
+pub mod hf;
 pub mod mmap;
 pub mod orbax;
 pub mod safetensors;
