@@ -1,1 +1,3 @@
 //! Orbax checkpoints: the trees that MaxText writes and reads.
+
+pub mod ocdbt;
