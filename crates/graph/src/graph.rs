@@ -143,7 +143,8 @@ impl Graph {
     /// When a name is not a word or occurs twice, a size is 0, a mesh is already set, or this is the body of a scan.
     #[track_caller]
     pub fn set_mesh(&self, axes: &[(&str, usize)]) -> Result<(), GraphError> {
-        let bad = |m: String| self.error("mesh", &[], Problem::Attribute(m));
+        let at = Location::caller();
+        let bad = |m: String| self.error_at(at, "mesh", &[], Problem::Attribute(m));
         if self.nested {
             return Err(bad("a mesh is set on the program, not on the body of an op".into()));
         }
@@ -177,7 +178,8 @@ impl Graph {
         options: InputOptions,
     ) -> Result<Value, GraphError> {
         let ty = TensorType::new(dtype, shape);
-        let bad = |m: String| self.error(&format!("input {name:?}"), &[], Problem::Attribute(m));
+        let at = Location::caller();
+        let bad = |m: String| self.error_at(at, &format!("input {name:?}"), &[], Problem::Attribute(m));
         if self.inner.borrow().inputs.iter().any(|i| i.name == name) {
             return Err(bad("the name is taken".into()));
         }
@@ -219,7 +221,8 @@ impl Graph {
     pub fn output_with(&self, name: &str, value: Value, options: OutputOptions) -> Result<(), GraphError> {
         let op = format!("output {name:?}");
         self.check_foreign(&op, &[value])?;
-        let bad = |m: String| self.error(&op, &[value], Problem::Attribute(m));
+        let at = Location::caller();
+        let bad = |m: String| self.error_at(at, &op, &[value], Problem::Attribute(m));
         let ty = self.ty(value);
         if self.inner.borrow().outputs.iter().any(|o| o.name == name) {
             return Err(bad("the name is taken".into()));
@@ -262,7 +265,8 @@ impl Graph {
     /// When there is no output, or a sharding does not fit the mesh.
     #[track_caller]
     pub fn finish(self) -> Result<Program, GraphError> {
-        let bad = |op: &str, m: String| self.error(op, &[], Problem::Attribute(m));
+        let at = Location::caller();
+        let bad = |op: &str, m: String| self.error_at(at, op, &[], Problem::Attribute(m));
         {
             let i = self.inner.borrow();
             if i.outputs.is_empty() {
@@ -302,7 +306,8 @@ impl Graph {
         self.check_foreign(op.name(), inputs)?;
         let types: Vec<TensorType> = inputs.iter().map(|&v| self.ty(v)).collect();
         let refs: Vec<&TensorType> = types.iter().collect();
-        let results = infer(&op, &refs).map_err(|p| self.error(op.name(), inputs, p))?;
+        let at = Location::caller();
+        let results = infer(&op, &refs).map_err(|p| self.error_at(at, op.name(), inputs, p))?;
         let scope = self.scope_path();
         let mut i = self.inner.borrow_mut();
         let first = i.body.values.len() as u32;
@@ -318,7 +323,7 @@ impl Graph {
             inputs: inputs.iter().map(|v| v.id).collect(),
             first: ValueId(first),
             results: n,
-            location: Location::caller(),
+            location: at,
             scope,
         });
         Ok((0..n as u32).map(|k| Value { graph: self.id, id: ValueId(first + k) }).collect())
@@ -345,8 +350,19 @@ impl Graph {
 
     #[track_caller]
     pub(crate) fn error(&self, op: &str, inputs: &[Value], problem: Problem) -> GraphError {
+        self.error_at(Location::caller(), op, inputs, problem)
+    }
+
+    /// [`Graph::error`] for use in closures, which do not know who called the function around them.
+    pub(crate) fn error_at(
+        &self,
+        location: &'static Location<'static>,
+        op: &str,
+        inputs: &[Value],
+        problem: Problem,
+    ) -> GraphError {
         let types = inputs.iter().filter(|v| v.graph == self.id).map(|&v| self.ty(v)).collect();
-        GraphError::new(op, types, problem, Location::caller(), &self.scope_path())
+        GraphError::new(op, types, problem, location, &self.scope_path())
     }
 
     /// Dtype and shape of a value.

@@ -26,3 +26,6 @@ pub use op::{
 };
 pub use program::{InputSpec, OutputSpec, Program};
 pub use sharding::{Mesh, Sharding};
+
+#[cfg(test)]
+mod tests;

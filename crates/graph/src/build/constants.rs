@@ -1,5 +1,7 @@
 //! Constants: small ones only, since they stand in the program text.
 
+use std::panic::Location;
+
 use tensor::{DType, HostArray, Shape};
 
 use crate::op::{Op, TensorType};
@@ -71,7 +73,8 @@ impl Graph {
     /// As [`Graph::scalar`], or when the shape overflows.
     #[track_caller]
     pub fn splat(&self, dtype: DType, shape: impl Into<Shape>, value: f64) -> Result<Value> {
-        let bad = |m: String| self.error("constant", &[], Problem::Attribute(m));
+        let at = Location::caller();
+        let bad = |m: String| self.error_at(at, "constant", &[], Problem::Attribute(m));
         let data = HostArray::from_f64(dtype, Shape::scalar(), &[value]).map_err(|e| bad(e.to_string()))?;
         let back = data.to_f64()[0];
         if dtype.is_float() {
