@@ -15,8 +15,11 @@
 //! | v | vocabulary | w | window |
 
 pub mod arch;
+mod attention;
+pub mod decoder;
 pub mod flops;
 pub mod hf;
+mod nn;
 pub mod params;
 
 pub use arch::{Arch, ArchError, KvSource, Layer, LayerKind, PerLayerInput, Rope};
