@@ -1,0 +1,188 @@
+//! The download of a wheel through the user's own installer, which knows the user's mirror and proxy.
+
+use std::ffi::OsStr;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::hash;
+use super::locate::LocateError;
+use super::table::PinnedPlugin;
+
+/// No plugin is larger; a wheel that claims so is not unpacked.
+const LARGEST_LIBRARY: u64 = 4 << 30;
+
+/// Fetches a plugin to `target`, which appears complete and verified, or not at all.
+pub(crate) fn fetch(plugin: &'static PinnedPlugin, target: &Path, progress: &dyn Fn(&str)) -> Result<(), LocateError> {
+    let directory = target.parent().unwrap_or(Path::new("."));
+    fs_err::create_dir_all(directory)?;
+    // Beside the target, so that the last step is a rename within one file system.
+    let work = WorkDirectory::new(directory)?;
+    progress(&format!("downloading {} {}", plugin.package, plugin.version));
+    download(plugin, &work.0)?;
+    let wheel = the_wheel(&work.0)?;
+    progress(&format!("verifying {} {}", plugin.package, plugin.version));
+    let got = hash::sha256_of_file(&wheel)?;
+    if got != plugin.pin.wheel {
+        return Err(LocateError::WrongHash { what: "the wheel", path: wheel, got, wanted: plugin.pin.wheel });
+    }
+    progress(&format!("unpacking {} {}", plugin.package, plugin.version));
+    let library = work.0.join("library.part");
+    unpack(&wheel, plugin.file, &library)?;
+    let got = hash::sha256_of_file(&library)?;
+    if got != plugin.pin.library {
+        return Err(LocateError::WrongHash { what: "the plugin", path: library, got, wanted: plugin.pin.library });
+    }
+    fs_err::rename(&library, target)?;
+    Ok(())
+}
+
+/// A directory of this process's own, removed when done.
+struct WorkDirectory(PathBuf);
+
+impl WorkDirectory {
+    fn new(parent: &Path) -> io::Result<Self> {
+        let nanos = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.subsec_nanos());
+        let path = parent.join(format!(".fetch-{}-{nanos}", std::process::id()));
+        fs_err::create_dir(&path)?;
+        Ok(WorkDirectory(path))
+    }
+}
+
+impl Drop for WorkDirectory {
+    fn drop(&mut self) {
+        let _ = fs_err::remove_dir_all(&self.0);
+    }
+}
+
+/// Runs the first installer that starts. One that starts and fails ends the search: its message is the one to show.
+fn download(plugin: &'static PinnedPlugin, into: &Path) -> Result<(), LocateError> {
+    let requirement = format!("{}=={}", plugin.package, plugin.version);
+    let pip: [&OsStr; 9] = [
+        "download".as_ref(),
+        "--quiet".as_ref(),
+        "--disable-pip-version-check".as_ref(),
+        "--no-deps".as_ref(),
+        "--only-binary=:all:".as_ref(),
+        "--dest".as_ref(),
+        into.as_os_str(),
+        "--".as_ref(),
+        requirement.as_ref(),
+    ];
+    // uv itself cannot download a wheel; it can run pip in a throw-away environment.
+    let installers: [(&str, &[&str]); 5] = [
+        ("python3", &["-m", "pip"]),
+        ("python", &["-m", "pip"]),
+        ("pip3", &[]),
+        ("pip", &[]),
+        ("uv", &["tool", "run", "--quiet", "pip"]),
+    ];
+    let mut tried = Vec::new();
+    for (program, prefix) in installers {
+        let mut command = Command::new(program);
+        command.args(prefix).args(pip).stdin(Stdio::null());
+        let shown = format!("{program} {} {requirement}", prefix.join(" "));
+        let output = match command.output() {
+            Ok(output) => output,
+            Err(_) => {
+                tried.push(format!("{program}: not found"));
+                continue;
+            }
+        };
+        if output.status.success() {
+            return Ok(());
+        }
+        let message = String::from_utf8_lossy(&output.stderr);
+        if message.contains("No module named pip") {
+            tried.push(format!("{program}: has no pip"));
+            continue;
+        }
+        return Err(LocateError::DownloadFailed { command: shown, message: tail(&message), file: plugin.file });
+    }
+    Err(LocateError::NoInstaller { package: plugin.package, version: plugin.version, tried: tried.join(", ") })
+}
+
+/// The last lines of what a command printed, on one line.
+fn tail(message: &str) -> String {
+    let lines: Vec<_> = message.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+    if lines.is_empty() {
+        return "it printed nothing".to_owned();
+    }
+    lines[lines.len().saturating_sub(3)..].join(" | ")
+}
+
+fn the_wheel(directory: &Path) -> Result<PathBuf, LocateError> {
+    let mut wheels = Vec::new();
+    for entry in fs_err::read_dir(directory)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|e| e == "whl") {
+            wheels.push(path);
+        }
+    }
+    match wheels.pop() {
+        Some(wheel) if wheels.is_empty() => Ok(wheel),
+        _ => Err(LocateError::Unpack { path: directory.to_owned(), reason: "not exactly one wheel in it".to_owned() }),
+    }
+}
+
+/// Writes one member of a wheel (a ZIP archive) to a file.
+fn unpack(wheel: &Path, member: &str, to: &Path) -> Result<(), LocateError> {
+    let failed = |reason: String| LocateError::Unpack { path: wheel.to_owned(), reason };
+    let mut archive =
+        zip::ZipArchive::new(fs_err::File::open(wheel)?).map_err(|e| failed(format!("not a ZIP archive: {e}")))?;
+    let mut member = archive.by_name(member).map_err(|e| failed(format!("{member}: {e}")))?;
+    if member.size() > LARGEST_LIBRARY {
+        return Err(failed(format!("a member of {} bytes", member.size())));
+    }
+    let mut out = fs_err::File::create(to)?;
+    // The limit again: what an archive says about a size is only a claim.
+    let copied =
+        io::copy(&mut io::Read::take(&mut member, LARGEST_LIBRARY + 1), &mut out).map_err(|e| failed(e.to_string()))?;
+    if copied > LARGEST_LIBRARY {
+        return Err(failed("a member larger than it claims".to_owned()));
+    }
+    out.sync_all()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write as _;
+
+    fn wheel(path: &Path, member: &str, bytes: &[u8]) {
+        let mut zip = zip::ZipWriter::new(fs_err::File::create(path).unwrap());
+        zip.start_file(member, zip::write::SimpleFileOptions::default()).unwrap();
+        zip.write_all(bytes).unwrap();
+        zip.finish().unwrap();
+    }
+
+    #[test]
+    fn a_member_is_unpacked_and_a_bad_wheel_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.whl");
+        wheel(&path, "p/plugin.so", b"library");
+        let to = dir.path().join("out");
+        unpack(&path, "p/plugin.so", &to).unwrap();
+        assert_eq!(fs_err::read(&to).unwrap(), b"library");
+        assert!(unpack(&path, "other.so", &to).unwrap_err().to_string().contains("other.so"));
+        fs_err::write(&path, b"no archive").unwrap();
+        assert!(unpack(&path, "p/plugin.so", &to).unwrap_err().to_string().contains("a.whl"));
+    }
+
+    #[test]
+    fn exactly_one_wheel_is_wanted() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(the_wheel(dir.path()).is_err());
+        fs_err::write(dir.path().join("a.whl"), b"").unwrap();
+        assert!(the_wheel(dir.path()).is_ok());
+        fs_err::write(dir.path().join("b.whl"), b"").unwrap();
+        assert!(the_wheel(dir.path()).is_err());
+    }
+
+    #[test]
+    fn the_end_of_a_message_is_shown() {
+        assert_eq!(tail("a\n\nb\nc\n d \n"), "b | c | d");
+        assert_eq!(tail("\n"), "it printed nothing");
+    }
+}

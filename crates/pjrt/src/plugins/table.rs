@@ -1,0 +1,102 @@
+//! The pinned plugins.
+
+/// The hashes of a plugin that was looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pin {
+    /// SHA-256 of the wheel.
+    pub wheel: &'static str,
+    /// SHA-256 of the plugin inside.
+    pub library: &'static str,
+}
+
+/// A plugin in a Python wheel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PinnedPlugin {
+    /// The platform: `cpu`, `cuda12`, `cuda13`, `rocm7`, `tpu`.
+    pub platform: &'static str,
+    /// The package.
+    pub package: &'static str,
+    /// The version.
+    pub version: &'static str,
+    /// The machine it is for: `x86_64-linux`.
+    pub target: &'static str,
+    /// The plugin's path inside the wheel.
+    pub file: &'static str,
+    /// The hashes of wheel and plugin.
+    pub pin: Pin,
+    /// What this plugin is, and why one would want it or not.
+    pub note: &'static str,
+}
+
+/// Every plugin this crate knows, the preferred one of each platform first.
+pub const PINNED: &[PinnedPlugin] = &[
+    PinnedPlugin {
+        platform: "cpu",
+        package: "lammps-jax-pjrt-cpu",
+        version: "0.11.2",
+        target: "x86_64-linux",
+        file: "lammps_jax_pjrt_cpu/pjrt_c_api_cpu_plugin.so",
+        pin: Pin {
+            wheel: "1319390d948b39f69f7dade496b7c385149d9ca6097a6b62114da113216d9ad1",
+            library: "ad1309ac822b1b24d51b7f9947c7c9fa9ef5d67f390584cbc3d1fa2428fed9c2",
+        },
+        note: "the XLA of jaxlib 0.11.2: PJRT 0.115, StableHLO 1.20, with YNNPACK and oneDNN",
+    },
+    PinnedPlugin {
+        platform: "cpu",
+        package: "fastatomstruct-xla-cpu",
+        version: "2026.6.23",
+        target: "x86_64-linux",
+        file: "fastatomstruct_xla_cpu/libpjrt_cpu.so",
+        pin: Pin {
+            wheel: "88b1c430b341b4bea40a37420311c9c75db6e22b46d2ff95b6986577bee6afe9",
+            library: "0a0fe56ca17be9efc7b942e89e534e5e0ad4a0f1e369b66d27b62184509015b9",
+        },
+        note: "fallback: an unmodified build of ZML's plugin, PJRT 0.106; bf16 products at half the speed",
+    },
+    PinnedPlugin {
+        platform: "cpu",
+        package: "xla-cpu-pjrt",
+        version: "0.0.1",
+        target: "x86_64-linux",
+        file: "xla_plugins/xla_cpu_pjrt/xla_cpu_pjrt.so",
+        pin: Pin {
+            wheel: "55837b6b7b47daa717f2d9a5a03563ea0ceaa338d06a81a1e2d3f060d960decc",
+            library: "88c3f28c5900f48ad4a82cab9e79bba9537809743395e341485f8794268820dc",
+        },
+        note: "fallback: XLA of November 2025, PJRT 0.81; bf16 products at half the speed",
+    },
+];
+
+/// The plugins of a platform for the machine this program was built for, the preferred one first.
+pub fn candidates(platform: &str) -> impl Iterator<Item = &'static PinnedPlugin> {
+    let target = format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
+    PINNED.iter().filter(move |p| p.platform == platform && p.target == target)
+}
+
+/// The plugin whose library has this hash.
+#[must_use]
+pub fn by_sha256(library: &str) -> Option<&'static PinnedPlugin> {
+    PINNED.iter().find(|p| p.pin.library == library)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_is_sound() {
+        for (i, p) in PINNED.iter().enumerate() {
+            for hash in [p.pin.wheel, p.pin.library] {
+                assert_eq!(hash.len(), 64, "{}", p.package);
+                assert!(hash.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)), "{}", p.package);
+            }
+            assert!(!p.file.starts_with('/') && !p.file.contains(".."), "{}", p.package);
+            for q in &PINNED[i + 1..] {
+                assert_ne!(p.pin.library, q.pin.library);
+            }
+            assert_eq!(by_sha256(p.pin.library), Some(p));
+        }
+        assert!(by_sha256("").is_none());
+    }
+}
