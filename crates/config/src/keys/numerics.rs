@@ -1,0 +1,71 @@
+//! Number types, precision, attention and memory.
+
+use super::{Category, Key, within};
+use crate::choice::{Attention, FloatType, MatmulPrecision, RematPolicy};
+use crate::value::Literal;
+
+pub(super) const KEYS: &[Key] = &within(
+    Category::Numerics,
+    [
+        Key::choice(
+            "dtype",
+            FloatType::WORDS,
+            "bfloat16",
+            "Type of activations, and the type weights are rounded to before a product. `float32` is the mode of \
+             proof, `bfloat16` the mode of speed.",
+        ),
+        Key::choice("weight_dtype", FloatType::WORDS, "float32", "Type in which trained weights are stored."),
+        Key::choice("grad_dtype", FloatType::WORDS, "float32", "Type to which f32 gradients are rounded."),
+        Key::choice("matmul_precision", MatmulPrecision::WORDS, "default", "How exactly XLA multiplies matrices."),
+        Key::bool("activations_in_float32", false, "Computes the MLP's activation in f32."),
+        Key::bool("float32_qk_product", false, "Accumulates the product of queries and keys in f32."),
+        Key::bool("float32_logits", false, "Computes the attention softmax in f32."),
+        Key::bool("logits_dot_in_fp32", false, "Accumulates the output projection in f32."),
+        Key::bool("cast_logits_to_fp32", true, "Hands out the logits in f32."),
+    ],
+);
+
+const KERNEL: &str = "this version computes attention with XLA's own operations; leave it to `autoselected`";
+const OFFLOAD: &str = "offloading to host memory is not offered yet";
+
+pub(super) const MEMORY: &[Key] = &within(
+    Category::Memory,
+    [
+        Key::choice("attention", Attention::WORDS, "autoselected", "How attention is computed.").refuse(&[
+            ("flash", KERNEL),
+            ("cudnn_flash_te", KERNEL),
+            ("cudnn_flash_jax", KERNEL),
+            ("paged", "paged attention belongs to serving engines"),
+            ("vllm_rpa", "kernels of vLLM are not part of this project"),
+            ("vllm_batched_rpa", "kernels of vLLM are not part of this project"),
+        ]),
+        Key::choice(
+            "remat_policy",
+            RematPolicy::WORDS,
+            "full",
+            "What each layer keeps for the backward pass; the rest is computed again.",
+        )
+        .synonym(&[("minimal_flash", "minimal_with_context")])
+        .refuse(&[
+            ("minimal_with_quantization", "quantized training is not offered"),
+            ("minimal_with_context_and_quantization", "quantized training is not offered"),
+            ("qkv_proj_offloaded", OFFLOAD),
+            ("minimal_offloaded", OFFLOAD),
+            ("custom", "choosing tensor by tensor is not offered; take one of the named policies"),
+        ]),
+        Key::bool(
+            "scan_layers",
+            false,
+            "Compiles one group of layers and loops over it, instead of every layer on its own.",
+        )
+        .differs(Literal::Bool(true), "MaxText's default cannot run these models"),
+        Key::int(
+            "num_vocab_tiling",
+            1,
+            "Number of pieces in which output projection and loss are computed; divides the tokens per device. \
+             Memory falls, the result stays the same up to rounding.",
+        )
+        .at_least(1),
+        Key::int("max_segments_per_seq", -1, "Most documents packed into one sequence; -1 sets no limit.").at_least(-1),
+    ],
+);

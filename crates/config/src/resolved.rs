@@ -1,0 +1,811 @@
+//! The resolved configuration: plain, checked, nothing left to default.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::check;
+use crate::choice::{
+    Attention, DatasetKind, DecayStyle, DecoderBlock, FloatType, GateActivation, Hardware, MatmulPrecision,
+    OptimizerKind, Profiler, RematPolicy, SamplingStrategy, ScheduleKind,
+};
+use crate::error::{Error, Problem};
+use crate::layer::{Note, Origin, RawConfig};
+use crate::value::Value;
+
+/// A checked configuration.
+///
+/// The groups hold what the keys mean (zeros and -1 that stand for other keys are gone); [`Config::value`] and
+/// [`Config::origin`] give what was written.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Config {
+    /// The model and its shape.
+    pub model: Model,
+    /// Number types and precision.
+    pub numerics: Numerics,
+    /// Attention and memory.
+    pub memory: Memory,
+    /// Batch, length and steps.
+    pub run: Run,
+    /// The learning rate.
+    pub schedule: Schedule,
+    /// The optimizer.
+    pub optimizer: Optimizer,
+    /// Text.
+    pub data: Data,
+    /// Saving and restoring.
+    pub checkpoint: Checkpoint,
+    /// Devices.
+    pub mesh: Mesh,
+    /// Where results go.
+    pub output: Output,
+    /// Generating text.
+    pub decode: Decode,
+    /// Fine-tuning on conversations.
+    pub sft: Sft,
+    /// Low-rank adapters.
+    pub lora: Lora,
+    #[serde(skip)]
+    raw: RawConfig,
+}
+
+/// The model's shape, scaled by `global_parameter_scale`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Model {
+    /// Name of the model, without `-Instruct`.
+    pub name: String,
+    /// Class of the layers.
+    pub decoder_block: DecoderBlock,
+    /// Number of layers.
+    pub num_layers: usize,
+    /// Hidden size.
+    pub emb_dim: usize,
+    /// Query heads.
+    pub num_query_heads: usize,
+    /// Key/value heads of sliding layers.
+    pub num_kv_heads: usize,
+    /// Key/value heads of full layers.
+    pub global_num_kv_heads: usize,
+    /// Head size of sliding layers.
+    pub head_dim: usize,
+    /// Head size of full layers.
+    pub global_head_dim: usize,
+    /// MLP width of layers that are not doubled.
+    pub mlp_dim: usize,
+    /// Activation of the MLP's gate.
+    pub gate_activation: GateActivation,
+    /// Rows of the token table.
+    pub vocab_size: usize,
+    /// Width of the per-layer embedding; 0 without one.
+    pub hidden_size_per_layer_input: usize,
+    /// Rows of the per-layer table.
+    pub vocab_size_per_layer_input: usize,
+    /// Last layers that borrow keys and values.
+    pub num_kv_shared_layers: usize,
+    /// Whether borrowing layers have twice the MLP width.
+    pub use_double_wide_mlp: bool,
+    /// Positions a sliding layer sees, the query's own included.
+    pub sliding_window_size: usize,
+    /// Period of the layer kinds: layer i is full when `i % period == period - 1`.
+    pub sliding_window_pattern: usize,
+    /// Base of the rotary frequencies of sliding layers.
+    pub local_rope_theta: f64,
+    /// Base of the rotary frequencies of full layers.
+    pub global_rope_theta: f64,
+    /// Rotated share of a head of a sliding layer.
+    pub local_rope_proportion: f64,
+    /// Rotated share of a head of a full layer.
+    pub global_rope_proportion: f64,
+    /// Epsilon of the norms.
+    pub normalization_layer_epsilon: f64,
+    /// Soft cap of the logits, if any.
+    pub final_logits_soft_cap: Option<f64>,
+}
+
+impl Model {
+    /// Whether a layer attends to all positions.
+    #[must_use]
+    pub fn is_full_attention(&self, layer: usize) -> bool {
+        layer % self.sliding_window_pattern == self.sliding_window_pattern - 1
+    }
+}
+
+/// Number types and precision.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Numerics {
+    /// Type of activations.
+    pub dtype: FloatType,
+    /// Type of stored weights.
+    pub weight_dtype: FloatType,
+    /// Type of gradients.
+    pub grad_dtype: FloatType,
+    /// Precision of products.
+    pub matmul_precision: MatmulPrecision,
+    /// MLP activation in f32.
+    pub activations_in_float32: bool,
+    /// Query-key products in f32.
+    pub float32_qk_product: bool,
+    /// Attention softmax in f32.
+    pub float32_logits: bool,
+    /// Output projection accumulated in f32.
+    pub logits_dot_in_fp32: bool,
+    /// Logits handed out in f32.
+    pub cast_logits_to_fp32: bool,
+}
+
+/// Attention and memory.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Memory {
+    /// How attention is computed.
+    pub attention: Attention,
+    /// What is kept for the backward pass.
+    pub remat_policy: RematPolicy,
+    /// Whether groups of layers are one loop.
+    pub scan_layers: bool,
+    /// Pieces of output projection and loss.
+    pub num_vocab_tiling: usize,
+    /// Most documents in a sequence, if limited.
+    pub max_segments_per_seq: Option<usize>,
+}
+
+/// Batch, length and steps.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Run {
+    /// Sequences per device and micro-batch.
+    pub per_device_batch_size: f64,
+    /// Sequences per device in evaluation.
+    pub eval_per_device_batch_size: f64,
+    /// Micro-batches in a step.
+    pub gradient_accumulation_steps: usize,
+    /// Tokens per sequence.
+    pub max_target_length: usize,
+    /// Longest prompt.
+    pub max_prefill_predict_length: usize,
+    /// Training steps.
+    pub steps: usize,
+    /// Seed of initial weights.
+    pub init_weights_seed: u64,
+}
+
+/// Sequences over all devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Batch {
+    /// In a micro-batch.
+    pub micro: usize,
+    /// In a step.
+    pub train: usize,
+    /// Read from the data for a step: more than `train` when devices outnumber sequences.
+    pub load: usize,
+    /// In an evaluation batch.
+    pub eval: usize,
+}
+
+impl Run {
+    /// Computes the batch over `devices` devices.
+    ///
+    /// # Errors
+    /// When it would hold no sequence.
+    pub fn batch(&self, devices: usize) -> Result<Batch, Error> {
+        let whole = |per_device: f64| (devices as f64 * per_device) as usize;
+        let (micro, eval) = (whole(self.per_device_batch_size), whole(self.eval_per_device_batch_size));
+        let mut problems = Vec::new();
+        for (key, size, per_device) in [
+            ("per_device_batch_size", micro, self.per_device_batch_size),
+            ("eval_per_device_batch_size", eval, self.eval_per_device_batch_size),
+        ] {
+            // A derived evaluation batch repeats the first problem.
+            let repeats = key != "per_device_batch_size" && per_device == self.per_device_batch_size;
+            if size == 0 && !repeats {
+                let s = if devices == 1 { "" } else { "s" };
+                let message = format!("{per_device:?} on {devices} device{s} makes an empty batch");
+                let hint = format!("use at least {}", 1.0 / devices.max(1) as f64);
+                problems.push(Problem::new(key, &Origin::Default, message).hint(hint));
+            }
+        }
+        if !problems.is_empty() {
+            return Err(Error { problems });
+        }
+        let load = if self.per_device_batch_size < 1.0 { devices } else { micro };
+        let accumulation = self.gradient_accumulation_steps;
+        Ok(Batch { micro, train: micro.saturating_mul(accumulation), load: load.saturating_mul(accumulation), eval })
+    }
+}
+
+/// The learning rate.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Schedule {
+    /// Peak.
+    pub learning_rate: f64,
+    /// Course.
+    pub kind: ScheduleKind,
+    /// Share of warm-up.
+    pub warmup_steps_fraction: f64,
+    /// Final rate as a share of the peak.
+    pub final_fraction: f64,
+    /// Length in steps.
+    pub steps: usize,
+    /// Share of decay (wsd).
+    pub wsd_decay_steps_fraction: f64,
+    /// Course of the decay (wsd).
+    pub wsd_decay_style: DecayStyle,
+}
+
+/// The optimizer.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Optimizer {
+    /// Which one.
+    pub kind: OptimizerKind,
+    /// Decay of the first moment.
+    pub b1: f64,
+    /// Decay of the second moment.
+    pub b2: f64,
+    /// Added to the root.
+    pub eps: f64,
+    /// Added under the root.
+    pub eps_root: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Type of the first moment.
+    pub mu_dtype: FloatType,
+    /// Patterns of parameters without decay.
+    pub no_decay: Vec<String>,
+    /// Patterns of the parameters to train; empty means all.
+    pub trainable: Vec<String>,
+    /// Largest gradient norm; 0 does not clip.
+    pub gradient_clipping_threshold: f64,
+    /// Whether odd steps are skipped.
+    pub skip_step_on_spikes: bool,
+    /// Steps over which the ordinary is measured.
+    pub skip_step_interval: usize,
+    /// Standard deviations that count as odd.
+    pub skip_step_scaling_factor: f64,
+}
+
+/// Text.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Data {
+    /// Kind of data set.
+    pub dataset_type: DatasetKind,
+    /// Directory or format.
+    pub hf_path: String,
+    /// Subset.
+    pub hf_name: String,
+    /// Subdirectory.
+    pub hf_data_dir: String,
+    /// Training files.
+    pub hf_train_files: String,
+    /// Evaluation split.
+    pub hf_eval_split: String,
+    /// Evaluation files.
+    pub hf_eval_files: String,
+    /// Training split.
+    pub train_split: String,
+    /// Columns of training text.
+    pub train_data_columns: Vec<String>,
+    /// Columns of evaluation text.
+    pub eval_data_columns: Vec<String>,
+    /// Tokenizer file or directory; empty means the checkpoint's.
+    pub tokenizer_path: String,
+    /// Whether training text is tokenized.
+    pub tokenize_train_data: bool,
+    /// Whether evaluation text is tokenized.
+    pub tokenize_eval_data: bool,
+    /// Start token before documents.
+    pub add_bos: bool,
+    /// End token behind documents.
+    pub add_eos: bool,
+    /// Cut long documents.
+    pub use_truncation: bool,
+    /// Several documents in a sequence.
+    pub packing: bool,
+    /// Passes over the text.
+    pub num_epoch: usize,
+    /// Whether to shuffle.
+    pub enable_data_shuffling: bool,
+    /// Seed of the shuffle.
+    pub data_shuffle_seed: u64,
+    /// Go on with empty training batches.
+    pub generate_padding_batch_train: bool,
+    /// Go on with empty evaluation batches.
+    pub generate_padding_batch_eval: bool,
+}
+
+/// Saving and restoring.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Checkpoint {
+    /// Whether there are checkpoints.
+    pub enable: bool,
+    /// Write in the background.
+    pub asynchronous: bool,
+    /// Steps between saves.
+    pub period: usize,
+    /// Save before the first step.
+    pub save_on_start: bool,
+    /// Save after the last step.
+    pub save_on_completion: bool,
+    /// Save on a termination signal.
+    pub save_on_termination: bool,
+    /// How many to keep; `None` keeps all.
+    pub max_to_keep: Option<usize>,
+    /// Weights to start from; empty for none.
+    pub load_parameters_path: String,
+    /// Full state to start from; empty for none.
+    pub load_full_state_path: String,
+}
+
+/// Devices. Axis sizes as written: -1 takes what is left.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Mesh {
+    /// Kind of device.
+    pub hardware: Hardware,
+    /// Plugin given by path; empty for none.
+    pub pjrt_plugin: String,
+    /// Where compiled programs are kept.
+    pub compilation_cache: CompilationCache,
+    /// Data axis.
+    pub data: i64,
+    /// Fsdp axis.
+    pub fsdp: i64,
+    /// Second fsdp axis.
+    pub fsdp_transpose: i64,
+    /// Tensor axis.
+    pub tensor: i64,
+    /// Largest share of parameter bytes that may be whole on every device.
+    pub sharding_tolerance: f64,
+}
+
+/// Where compiled programs are kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CompilationCache {
+    /// The tool's own cache directory.
+    Own,
+    /// Nowhere.
+    Off,
+    /// A directory.
+    Directory(PathBuf),
+}
+
+/// Where results go.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Output {
+    /// Name of the run; empty until the run names itself.
+    pub run_name: String,
+    /// Directory of all runs.
+    pub base_output_directory: PathBuf,
+    /// File of metrics; empty for none.
+    pub metrics_file: String,
+    /// TensorBoard files.
+    pub enable_tensorboard: bool,
+    /// Steps between flushes.
+    pub log_period: usize,
+    /// Log the configuration.
+    pub log_config: bool,
+    /// Steps between evaluations, if there are any.
+    pub eval_interval: Option<usize>,
+    /// Batches per evaluation, if limited.
+    pub eval_steps: Option<usize>,
+    /// First step after which to evaluate.
+    pub eval_start_step: usize,
+    /// Evaluation loss that ends training; 0 for none.
+    pub target_eval_loss: f64,
+    /// Stop on NaN.
+    pub abort_on_nan_loss: bool,
+    /// Stop on infinity.
+    pub abort_on_inf_loss: bool,
+    /// Profiler.
+    pub profiler: Profiler,
+    /// Steps before the profile.
+    pub skip_first_n_steps_for_profiler: usize,
+    /// Steps in the profile.
+    pub profiler_steps: usize,
+    /// Steps handed ahead to the device.
+    pub max_inflight_computations: usize,
+}
+
+/// Generating text.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Decode {
+    /// Text to continue.
+    pub prompt: String,
+    /// Instruction before the chat.
+    pub system_prompt: String,
+    /// Wrap the prompt in the chat template.
+    pub use_chat_template: bool,
+    /// Template; empty for the checkpoint's.
+    pub chat_template: String,
+    /// File of a template; empty for none.
+    pub chat_template_path: String,
+    /// How tokens are chosen.
+    pub strategy: SamplingStrategy,
+    /// Share of probability (nucleus, composite).
+    pub nucleus_p: f64,
+    /// Number of tokens (topk, composite).
+    pub top_k: usize,
+    /// Divides the logits.
+    pub temperature: f64,
+    /// Text that must come out; empty for none.
+    pub expect: String,
+}
+
+/// Fine-tuning on conversations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Sft {
+    /// Whether to.
+    pub enable: bool,
+    /// Count only answers in the loss.
+    pub train_on_completion_only: bool,
+}
+
+/// Low-rank adapters.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Lora {
+    /// Whether to train them.
+    pub enable: bool,
+    /// Rank.
+    pub rank: usize,
+    /// Scale times rank.
+    pub alpha: f64,
+    /// Pattern of modules; empty for the projections of every layer.
+    pub module_path: String,
+    /// Adapters to start from; empty for none.
+    pub restore_path: String,
+}
+
+impl Config {
+    /// What was written for a key, by its name or an alias.
+    #[must_use]
+    pub fn value(&self, key: &str) -> Option<&Value> {
+        self.raw.value(key)
+    }
+
+    /// Where a key's value came from.
+    #[must_use]
+    pub fn origin(&self, key: &str) -> Option<&Origin> {
+        self.raw.origin(key)
+    }
+
+    /// Keys that were set and change nothing.
+    #[must_use]
+    pub fn notes(&self) -> &[Note] {
+        self.raw.notes()
+    }
+
+    /// The merged layers.
+    #[must_use]
+    pub fn raw(&self) -> &RawConfig {
+        &self.raw
+    }
+
+    /// Where the shape came from: the model file or the checkpoint, if not the user's own keys.
+    #[must_use]
+    pub fn model_source(&self) -> Option<&Origin> {
+        self.raw.model_source.as_ref()
+    }
+}
+
+/// Typed reading of values that were checked when they were taken in.
+///
+/// A wrong name or type here is a mistake in this file; a test reads every field, so none reaches a user.
+pub(crate) struct Reader<'a>(pub(crate) &'a RawConfig);
+
+impl Reader<'_> {
+    fn get(&self, key: &str) -> &Value {
+        let value = self.0.value(key);
+        debug_assert!(value.is_some(), "no key {key}");
+        value.unwrap_or(&Value::Null)
+    }
+
+    pub(crate) fn bool(&self, key: &str) -> bool {
+        debug_assert!(matches!(self.get(key), Value::Bool(_)), "{key} is no bool");
+        matches!(self.get(key), Value::Bool(true))
+    }
+
+    pub(crate) fn int(&self, key: &str) -> i64 {
+        debug_assert!(matches!(self.get(key), Value::Int(_)), "{key} is no int");
+        if let Value::Int(i) = self.get(key) { *i } else { 0 }
+    }
+
+    pub(crate) fn size(&self, key: &str) -> usize {
+        usize::try_from(self.int(key)).unwrap_or(0)
+    }
+
+    /// A count where negative numbers (or null) mean none.
+    pub(crate) fn limit(&self, key: &str) -> Option<usize> {
+        if let Value::Int(i) = self.get(key) { usize::try_from(*i).ok() } else { None }
+    }
+
+    pub(crate) fn float(&self, key: &str) -> f64 {
+        debug_assert!(matches!(self.get(key), Value::Float(_)), "{key} is no float");
+        if let Value::Float(x) = self.get(key) { *x } else { 0.0 }
+    }
+
+    pub(crate) fn cap(&self, key: &str) -> Option<f64> {
+        if let Value::Float(x) = self.get(key) { (*x > 0.0).then_some(*x) } else { None }
+    }
+
+    pub(crate) fn text(&self, key: &str) -> &str {
+        debug_assert!(matches!(self.get(key), Value::Text(_)), "{key} is no text");
+        if let Value::Text(text) = self.get(key) { text } else { "" }
+    }
+
+    fn owned(&self, key: &str) -> String {
+        self.text(key).to_owned()
+    }
+
+    pub(crate) fn list(&self, key: &str) -> Vec<String> {
+        debug_assert!(matches!(self.get(key), Value::List(_)), "{key} is no list");
+        if let Value::List(items) = self.get(key) { items.clone() } else { Vec::new() }
+    }
+
+    /// The variant of a word that was checked; `fallback` only if the table and the type disagree, which a test denies.
+    pub(crate) fn word<T>(&self, key: &str, from: impl Fn(&str) -> Option<T>, fallback: T) -> T {
+        let found = from(self.text(key));
+        debug_assert!(found.is_some(), "{key}: {:?}", self.text(key));
+        found.unwrap_or(fallback)
+    }
+
+    pub(crate) fn float_type(&self, key: &str) -> FloatType {
+        self.word(key, FloatType::from_word, FloatType::Float32)
+    }
+}
+
+/// Powers of two by which the base sizes grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Scales {
+    pub(crate) emb: u32,
+    pub(crate) heads: u32,
+    pub(crate) mlp: u32,
+    pub(crate) layers: u32,
+}
+
+/// Splits a power of two over the sizes; `None` for other numbers.
+pub(crate) fn scales(global: i64) -> Option<Scales> {
+    let global = u64::try_from(global).ok().filter(|g| g.is_power_of_two())?;
+    let (base, rest) = (global.ilog2() / 3, global.ilog2() % 3);
+    let heads = base + u32::from(rest > 0);
+    Some(Scales { emb: base + u32::from(rest > 1), heads, mlp: heads, layers: base })
+}
+
+pub(crate) fn model(raw: &RawConfig) -> Model {
+    let r = Reader(raw);
+    let scales = scales(r.int("global_parameter_scale")).unwrap_or(Scales { emb: 0, heads: 0, mlp: 0, layers: 0 });
+    // Sizes are below 2^31 and each scale below 2^31: the product fits.
+    let scaled = |key: &str, power: u32| r.size(key) << power.min(31);
+    let or = |value: usize, other: usize| if value == 0 { other } else { value };
+    let theta = |key: &str| r.limit(key).filter(|t| *t > 0).unwrap_or_else(|| r.size("rope_max_timescale")) as f64;
+    let name = r.text("model_name");
+    let name = name.strip_suffix("-Instruct").unwrap_or(name);
+    let num_kv_heads = scaled("base_num_kv_heads", scales.heads);
+    Model {
+        name: name.to_owned(),
+        decoder_block: r.word("decoder_block", DecoderBlock::from_word, DecoderBlock::Gemma4Small),
+        num_layers: scaled("base_num_decoder_layers", scales.layers),
+        emb_dim: scaled("base_emb_dim", scales.emb),
+        num_query_heads: scaled("base_num_query_heads", scales.heads),
+        num_kv_heads,
+        global_num_kv_heads: or(r.size("global_num_kv_heads"), num_kv_heads),
+        head_dim: r.size("head_dim"),
+        global_head_dim: or(r.size("global_head_dim"), r.size("head_dim")),
+        mlp_dim: scaled("base_mlp_dim", scales.mlp),
+        gate_activation: GateActivation::Gelu,
+        vocab_size: r.size("vocab_size"),
+        hidden_size_per_layer_input: r.size("hidden_size_per_layer_input"),
+        vocab_size_per_layer_input: or(r.size("vocab_size_per_layer_input"), r.size("vocab_size")),
+        num_kv_shared_layers: r.size("num_kv_shared_layers"),
+        use_double_wide_mlp: r.bool("use_double_wide_mlp"),
+        sliding_window_size: r.size("sliding_window_size"),
+        // MaxText's rule, by name.
+        sliding_window_pattern: r.limit("sliding_window_pattern").unwrap_or(if name == "gemma4-e2b" { 5 } else { 6 }),
+        local_rope_theta: theta("local_rope_max_timescale"),
+        global_rope_theta: theta("global_rope_max_timescale"),
+        local_rope_proportion: r.float("local_rope_proportion"),
+        global_rope_proportion: r.float("global_rope_proportion"),
+        normalization_layer_epsilon: r.float("normalization_layer_epsilon"),
+        final_logits_soft_cap: r.cap("final_logits_soft_cap"),
+    }
+}
+
+pub(crate) fn run(raw: &RawConfig) -> (Run, usize) {
+    let r = Reader(raw);
+    let (steps, schedule) = (r.limit("steps"), r.limit("learning_rate_schedule_steps"));
+    let per_device = r.float("per_device_batch_size");
+    let eval = r.float("eval_per_device_batch_size");
+    let run = Run {
+        per_device_batch_size: per_device,
+        eval_per_device_batch_size: if eval == 0.0 { per_device } else { eval },
+        gradient_accumulation_steps: r.size("gradient_accumulation_steps"),
+        max_target_length: r.size("max_target_length"),
+        max_prefill_predict_length: r.size("max_prefill_predict_length"),
+        steps: steps.or(schedule).unwrap_or(0),
+        init_weights_seed: r.size("init_weights_seed") as u64,
+    };
+    (run, schedule.or(steps).unwrap_or(0))
+}
+
+pub(crate) fn resolve(raw: RawConfig) -> Result<Config, Error> {
+    let mut problems = raw.problems.clone();
+    problems.extend(check::all(&raw));
+    if !problems.is_empty() {
+        return Err(Error { problems });
+    }
+    let r = Reader(&raw);
+    let (run, schedule_steps) = run(&raw);
+    let output_directory = match r.text("base_output_directory") {
+        "" => PathBuf::from("lapidary_output"),
+        path => PathBuf::from(path),
+    };
+    let compilation_cache = match raw.value("jax_cache_dir") {
+        Some(Value::Text(dir)) if dir.is_empty() => CompilationCache::Off,
+        Some(Value::Text(dir)) => CompilationCache::Directory(PathBuf::from(dir)),
+        _ => CompilationCache::Own,
+    };
+    Ok(Config {
+        model: model(&raw),
+        numerics: Numerics {
+            dtype: r.float_type("dtype"),
+            weight_dtype: r.float_type("weight_dtype"),
+            grad_dtype: r.float_type("grad_dtype"),
+            matmul_precision: r.word("matmul_precision", MatmulPrecision::from_word, MatmulPrecision::Default),
+            activations_in_float32: r.bool("activations_in_float32"),
+            float32_qk_product: r.bool("float32_qk_product"),
+            float32_logits: r.bool("float32_logits"),
+            logits_dot_in_fp32: r.bool("logits_dot_in_fp32"),
+            cast_logits_to_fp32: r.bool("cast_logits_to_fp32"),
+        },
+        memory: Memory {
+            attention: r.word("attention", Attention::from_word, Attention::Autoselected),
+            remat_policy: r.word("remat_policy", RematPolicy::from_word, RematPolicy::Full),
+            scan_layers: r.bool("scan_layers"),
+            num_vocab_tiling: r.size("num_vocab_tiling"),
+            max_segments_per_seq: r.limit("max_segments_per_seq"),
+        },
+        run,
+        schedule: Schedule {
+            learning_rate: r.float("learning_rate"),
+            kind: r.word("lr_schedule_type", ScheduleKind::from_word, ScheduleKind::Cosine),
+            warmup_steps_fraction: r.float("warmup_steps_fraction"),
+            final_fraction: r.float("learning_rate_final_fraction"),
+            steps: schedule_steps,
+            wsd_decay_steps_fraction: r.float("wsd_decay_steps_fraction"),
+            wsd_decay_style: r.word("wsd_decay_style", DecayStyle::from_word, DecayStyle::Linear),
+        },
+        optimizer: Optimizer {
+            kind: r.word("opt_type", OptimizerKind::from_word, OptimizerKind::AdamW),
+            b1: r.float("adam_b1"),
+            b2: r.float("adam_b2"),
+            eps: r.float("adam_eps"),
+            eps_root: r.float("adam_eps_root"),
+            weight_decay: r.float("adam_weight_decay"),
+            mu_dtype: r.float_type(if r.text("mu_dtype").is_empty() { "weight_dtype" } else { "mu_dtype" }),
+            no_decay: r.list("adamw_mask"),
+            trainable: r.list("trainable_parameters_mask"),
+            gradient_clipping_threshold: r.float("gradient_clipping_threshold"),
+            skip_step_on_spikes: r.bool("skip_step_on_spikes"),
+            skip_step_interval: r.size("skip_step_interval"),
+            skip_step_scaling_factor: r.float("skip_step_scaling_factor"),
+        },
+        data: Data {
+            dataset_type: r.word("dataset_type", DatasetKind::from_word, DatasetKind::Synthetic),
+            hf_path: r.owned("hf_path"),
+            hf_name: r.owned("hf_name"),
+            hf_data_dir: r.owned("hf_data_dir"),
+            hf_train_files: r.owned("hf_train_files"),
+            hf_eval_split: r.owned("hf_eval_split"),
+            hf_eval_files: r.owned("hf_eval_files"),
+            train_split: r.owned("train_split"),
+            train_data_columns: r.list("train_data_columns"),
+            eval_data_columns: r.list("eval_data_columns"),
+            tokenizer_path: r.owned("tokenizer_path"),
+            tokenize_train_data: r.bool("tokenize_train_data"),
+            tokenize_eval_data: r.bool("tokenize_eval_data"),
+            add_bos: r.bool("add_bos"),
+            add_eos: r.bool("add_eos"),
+            use_truncation: r.bool("use_truncation"),
+            packing: r.bool("packing"),
+            num_epoch: r.size("num_epoch"),
+            enable_data_shuffling: r.bool("enable_data_shuffling"),
+            data_shuffle_seed: r.size("data_shuffle_seed") as u64,
+            generate_padding_batch_train: r.bool("generate_padding_batch_train"),
+            generate_padding_batch_eval: r.bool("generate_padding_batch_eval"),
+        },
+        checkpoint: Checkpoint {
+            enable: r.bool("enable_checkpointing"),
+            asynchronous: r.bool("async_checkpointing"),
+            period: r.size("checkpoint_period"),
+            save_on_start: r.bool("save_checkpoint_on_start"),
+            save_on_completion: r.bool("save_checkpoint_on_completion"),
+            save_on_termination: r.bool("enable_autocheckpoint"),
+            max_to_keep: r.limit("max_num_checkpoints_to_keep"),
+            load_parameters_path: r.owned("load_parameters_path"),
+            load_full_state_path: r.owned("load_full_state_path"),
+        },
+        mesh: Mesh {
+            hardware: r.word("hardware", Hardware::from_word, Hardware::Auto),
+            pjrt_plugin: r.owned("pjrt_plugin"),
+            compilation_cache,
+            data: r.int("ici_data_parallelism"),
+            fsdp: r.int("ici_fsdp_parallelism"),
+            fsdp_transpose: r.int("ici_fsdp_transpose_parallelism"),
+            tensor: r.int("ici_tensor_parallelism"),
+            sharding_tolerance: r.float("sharding_tolerance"),
+        },
+        output: Output {
+            run_name: r.owned("run_name"),
+            base_output_directory: output_directory,
+            metrics_file: r.owned("metrics_file"),
+            enable_tensorboard: r.bool("enable_tensorboard"),
+            log_period: r.size("log_period"),
+            log_config: r.bool("log_config"),
+            eval_interval: r.limit("eval_interval"),
+            eval_steps: r.limit("eval_steps"),
+            eval_start_step: r.size("eval_start_step"),
+            target_eval_loss: r.float("target_eval_loss"),
+            abort_on_nan_loss: r.bool("abort_on_nan_loss"),
+            abort_on_inf_loss: r.bool("abort_on_inf_loss"),
+            profiler: r.word("profiler", Profiler::from_word, Profiler::Off),
+            skip_first_n_steps_for_profiler: r.size("skip_first_n_steps_for_profiler"),
+            profiler_steps: r.size("profiler_steps"),
+            max_inflight_computations: r.size("max_inflight_computations"),
+        },
+        decode: Decode {
+            prompt: r.owned("prompt"),
+            system_prompt: r.owned("system_prompt"),
+            use_chat_template: r.bool("use_chat_template"),
+            chat_template: r.owned("chat_template"),
+            chat_template_path: r.owned("chat_template_path"),
+            strategy: r.word("decode_sampling_strategy", SamplingStrategy::from_word, SamplingStrategy::Greedy),
+            nucleus_p: r.float("decode_sampling_nucleus_p"),
+            top_k: r.size("decode_sampling_top_k"),
+            temperature: r.float("decode_sampling_temperature"),
+            expect: r.owned("autoregressive_decode_assert"),
+        },
+        sft: Sft { enable: r.bool("use_sft"), train_on_completion_only: r.bool("sft_train_on_completion_only") },
+        lora: Lora {
+            enable: r.bool("lora.enable_lora"),
+            rank: r.size("lora.lora_rank"),
+            alpha: r.float("lora.lora_alpha"),
+            module_path: r.owned("lora.lora_module_path"),
+            restore_path: r.owned("lora.lora_restore_path"),
+        },
+        raw,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scales_rotate_over_heads_hidden_and_layers() {
+        let s = |emb, heads, layers| Some(Scales { emb, heads, mlp: heads, layers });
+        assert_eq!(scales(1), s(0, 0, 0));
+        assert_eq!(scales(2), s(0, 1, 0));
+        assert_eq!(scales(4), s(1, 1, 0));
+        assert_eq!(scales(8), s(1, 1, 1));
+        assert_eq!(scales(16), s(1, 2, 1));
+        assert_eq!(scales(3), None);
+        assert_eq!(scales(0), None);
+        assert_eq!(scales(-2), None);
+    }
+
+    #[test]
+    fn batches_over_devices() {
+        let run = Run {
+            per_device_batch_size: 2.0,
+            eval_per_device_batch_size: 1.0,
+            gradient_accumulation_steps: 3,
+            max_target_length: 8,
+            max_prefill_predict_length: 8,
+            steps: 1,
+            init_weights_seed: 0,
+        };
+        assert_eq!(run.batch(4), Ok(Batch { micro: 8, train: 24, load: 24, eval: 4 }));
+        let half = Run { per_device_batch_size: 0.5, eval_per_device_batch_size: 0.5, ..run };
+        assert_eq!(half.batch(4), Ok(Batch { micro: 2, train: 6, load: 12, eval: 2 }));
+        let error = half.batch(1).unwrap_err();
+        assert_eq!(error.problems.len(), 1);
+        assert_eq!(error.problems[0].to_string(), "per_device_batch_size: 0.5 on 1 device makes an empty batch");
+        assert_eq!(error.problems[0].hint.as_deref(), Some("use at least 1"));
+    }
+}
