@@ -21,10 +21,10 @@ pub struct AlignedBytes {
 }
 
 impl AlignedBytes {
-    /// `len` zero bytes.
+    /// `len` zero bytes, which the system hands out without touching them where it can.
     #[must_use]
     pub fn zeroed(len: usize) -> Self {
-        AlignedBytes { blocks: vec![Block([0; ALIGN]); len.div_ceil(ALIGN)], len }
+        AlignedBytes { blocks: bytemuck::zeroed_vec(len.div_ceil(ALIGN)), len }
     }
 
     /// A copy of `bytes`.
