@@ -1,1 +1,16 @@
 //! Where model, checkpoint and device meet: placement, forward runs, verification.
+//!
+//! **Invariant:** this crate parses no arguments and prints nothing. Long work reports through callbacks.
+
+pub mod compare;
+pub mod error;
+pub mod forward;
+pub mod golden;
+pub mod model;
+pub mod runtime;
+pub mod verify;
+
+pub use error::{EngineError, Result};
+pub use forward::{Batch, Session};
+pub use model::Model;
+pub use runtime::{Runtime, RuntimeOptions};

@@ -32,7 +32,7 @@ pub struct ForwardOptions {
 }
 
 /// Intermediate values a forward program gives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Trace {
     /// None.
     None,

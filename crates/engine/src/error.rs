@@ -1,0 +1,55 @@
+//! What can go wrong when a model meets a device.
+
+use std::path::PathBuf;
+
+/// A result of this crate.
+pub type Result<T> = std::result::Result<T, EngineError>;
+
+/// An engine operation that failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// The plugin or device.
+    #[error(transparent)]
+    Pjrt(#[from] pjrt::PjrtError),
+    /// No plugin could be found or fetched.
+    #[error(transparent)]
+    Plugin(#[from] pjrt::plugins::LocateError),
+    /// A checkpoint directory.
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::hf::HfError),
+    /// A safetensors file.
+    #[error(transparent)]
+    Safetensors(#[from] checkpoint::safetensors::SafetensorsError),
+    /// Tensors do not fit the model.
+    #[error(transparent)]
+    Bind(#[from] checkpoint::binding::BindError),
+    /// The configuration in a checkpoint.
+    #[error("{path}: {source}")]
+    Arch {
+        /// The configuration file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: gemma4::ArchError,
+    },
+    /// A file is not what it should be.
+    #[error("{path}: {reason}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// An argument does not fit the model.
+    #[error("{0}")]
+    Input(String),
+    /// A program could not be built. This is a fault of the project.
+    #[error("the program could not be built: {0}")]
+    Graph(#[from] graph::GraphError),
+    /// A host array.
+    #[error(transparent)]
+    Host(#[from] tensor::HostError),
+    /// Input or output.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+}

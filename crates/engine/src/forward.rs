@@ -1,0 +1,352 @@
+//! Forward runs of a model on a device: weights placed once, programs compiled once for every shape.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use gemma4::decoder::{FINAL, ForwardOptions, Trace, body_params, forward_program, head_program};
+use gemma4::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
+use half::{bf16, f16};
+use pjrt::{Buffer, Executable, Placement};
+use rayon::prelude::*;
+use tensor::{DType, HostArray, Shape};
+
+use crate::runtime::compile_options;
+use crate::{EngineError, Model, Result, Runtime};
+
+/// Rows of hidden states that go through the head at once: their f32 logits take 128 x 262144 x 4 = 128 MiB.
+pub const HEAD_ROWS: usize = 128;
+
+/// Token sequences of one length.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Batch {
+    /// Sequences.
+    pub batch: usize,
+    /// Positions of each.
+    pub seq: usize,
+    /// `[batch, seq]`, row-major.
+    pub ids: Vec<i32>,
+    /// `[batch, seq]`: positions of different segments do not see each other; 0 is padding by convention.
+    pub segments: Option<Vec<i32>>,
+}
+
+/// What a forward run gave.
+#[derive(Debug)]
+pub struct Hidden {
+    /// `[batch, seq, hidden]` after the last norm, in the activation dtype.
+    pub last: HostArray,
+    /// Intermediate values by name (`hidden.3`, `ple`, ...), in the activation dtype.
+    pub trace: BTreeMap<String, HostArray>,
+}
+
+/// How weights came to the device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Placed {
+    /// Tensors used in place in the mapped file.
+    pub mapped: usize,
+    /// Their bytes.
+    pub mapped_bytes: usize,
+    /// Tensors copied to aligned memory (or converted).
+    pub copied: usize,
+    /// Their bytes.
+    pub copied_bytes: usize,
+}
+
+/// Time spent on programs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CompileTimes {
+    /// Programs.
+    pub programs: usize,
+    /// Of them, from the cache.
+    pub cached: usize,
+    /// In total.
+    pub total: Duration,
+}
+
+/// A model with its weights on a device, ready to run.
+#[derive(Debug)]
+pub struct Session<'r> {
+    runtime: &'r Runtime,
+    model: Arc<Model>,
+    dtype: DType,
+    weights: HashMap<String, Buffer>,
+    placed: Placed,
+    programs: Mutex<Programs>,
+}
+
+#[derive(Debug, Default)]
+struct Programs {
+    body: HashMap<(usize, usize, bool, Trace), Arc<Body>>,
+    head: HashMap<usize, Arc<Executable>>,
+    times: CompileTimes,
+}
+
+impl<'r> Session<'r> {
+    /// Places every weight the forward pass reads on the device. The per-layer table stays mapped on the host.
+    ///
+    /// Weights wider than the activations are converted on the way, as transformers does; narrower ones stay as they are and
+    /// are widened inside the program.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn new(runtime: &'r Runtime, model: Arc<Model>, dtype: DType) -> Result<Self> {
+        if !matches!(dtype, DType::F32 | DType::BF16) {
+            return Err(EngineError::Input(format!("activations in {dtype} are not offered; use float32 or bfloat16")));
+        }
+        let names: Vec<String> = body_params(model.arch()).map(|p| p.name).collect();
+        let buffers: Vec<(String, Buffer, Placement)> = names
+            .into_par_iter()
+            .map(|name| {
+                let (buffer, placement) = place(runtime, &model, &name, dtype)?;
+                Ok((name, buffer, placement))
+            })
+            .collect::<Result<_>>()?;
+        let mut placed = Placed::default();
+        let mut weights = HashMap::with_capacity(buffers.len());
+        for (name, buffer, placement) in buffers {
+            let (count, bytes) = match placement {
+                Placement::ZeroCopy => (&mut placed.mapped, &mut placed.mapped_bytes),
+                Placement::Copied => (&mut placed.copied, &mut placed.copied_bytes),
+            };
+            *count += 1;
+            *bytes += buffer.size_in_bytes();
+            weights.insert(name, buffer);
+        }
+        if model.arch().per_layer_input().is_some() {
+            // Rows are looked up all over the table: reading ahead would only fill memory.
+            model.tensor(EMBED_TOKENS_PER_LAYER).bytes.advise_random();
+        }
+        Ok(Session { runtime, model, dtype, weights, placed, programs: Mutex::default() })
+    }
+
+    /// The model.
+    #[must_use]
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The activation dtype.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// How the weights came to the device.
+    #[must_use]
+    pub fn placed(&self) -> Placed {
+        self.placed
+    }
+
+    /// What the programs took so far.
+    #[must_use]
+    pub fn compile_times(&self) -> CompileTimes {
+        self.programs.lock().unwrap_or_else(PoisonError::into_inner).times
+    }
+
+    /// Runs the decoder.
+    ///
+    /// # Errors
+    /// When an id is outside the vocabulary, lengths disagree, or the device fails.
+    pub fn forward(&self, batch: &Batch, trace: Trace) -> Result<Hidden> {
+        self.check(batch)?;
+        let body = self.body_program(batch, trace)?;
+        let client = self.runtime.client();
+        let shape: Shape = [batch.batch, batch.seq].into();
+        let int_input = |values: &[i32]| -> Result<Buffer> {
+            Ok(client.buffer_from_host(&HostArray::from_slice(shape.clone(), values)?, 0)?)
+        };
+        let mut inputs = vec![int_input(&batch.ids)?];
+        if self.model.arch().per_layer_input().is_some() {
+            inputs.push(client.buffer_from_owned(self.per_layer_rows(batch)?, 0)?.0);
+        }
+        if let Some(segments) = &batch.segments {
+            inputs.push(int_input(segments)?);
+        }
+        let arguments: Vec<&Buffer> =
+            inputs.iter().chain(body_params(self.model.arch()).map(|p| &self.weights[&p.name])).collect();
+        let outputs = body.executable.execute(&arguments)?;
+        let mut trace: BTreeMap<String, HostArray> = BTreeMap::new();
+        let mut last = None;
+        for (name, buffer) in body.outputs.iter().zip(outputs) {
+            let host = buffer.to_host()?;
+            if name == FINAL {
+                last = Some(host.clone());
+            }
+            trace.insert(name.clone(), host);
+        }
+        let last = last.ok_or_else(|| EngineError::Input("the program gave no final hidden state".into()))?;
+        Ok(Hidden { last, trace })
+    }
+
+    /// Logits of some rows of a final hidden state seen as `[batch * seq, hidden]`: calls `each(row, logits)` for every one,
+    /// in order, a block of rows at a time, so that memory stays bounded.
+    ///
+    /// # Errors
+    /// When a row is out of range, the device fails, or `each` does.
+    pub fn logits(
+        &self,
+        last: &HostArray,
+        rows: &[usize],
+        mut each: impl FnMut(&[usize], &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        let d = self.model.arch().hidden_size();
+        let width = d * self.dtype.size();
+        let total = last.bytes().len() / width.max(1);
+        if let Some(&row) = rows.iter().find(|&&r| r >= total) {
+            return Err(EngineError::Input(format!("row {row} asked for, there are {total}")));
+        }
+        let block = rows.len().min(HEAD_ROWS);
+        for chunk in rows.chunks(block.max(1)) {
+            let head = self.head_program(block)?;
+            let mut hidden = HostArray::zeros(self.dtype, [block, d])?;
+            for (i, &row) in chunk.iter().enumerate() {
+                hidden.bytes_mut()[i * width..(i + 1) * width]
+                    .copy_from_slice(&last.bytes()[row * width..(row + 1) * width]);
+            }
+            let x = self.runtime.client().buffer_from_owned(hidden, 0)?.0;
+            let out = head.execute(&[&x, &self.weights[EMBED_TOKENS]])?;
+            let logits = out[0].to_host()?;
+            let v = self.model.arch().vocab_size();
+            each(chunk, &logits.as_slice::<f32>()?[..chunk.len() * v])?;
+        }
+        Ok(())
+    }
+
+    fn check(&self, batch: &Batch) -> Result<()> {
+        let n = batch.batch * batch.seq;
+        if n == 0 || batch.ids.len() != n || batch.segments.as_ref().is_some_and(|s| s.len() != n) {
+            return Err(EngineError::Input(format!(
+                "{} token ids for {} sequences of {} tokens",
+                batch.ids.len(),
+                batch.batch,
+                batch.seq
+            )));
+        }
+        let v = self.model.arch().vocab_size();
+        if let Some((i, id)) = batch.ids.iter().enumerate().find(|&(_, &id)| id < 0 || id as usize >= v) {
+            return Err(EngineError::Input(format!(
+                "token {id} at position {} of sequence {} is outside the vocabulary of {v}",
+                i % batch.seq,
+                i / batch.seq
+            )));
+        }
+        Ok(())
+    }
+
+    /// Gathers `[b, t, l * p]` from the mapped table. Ids are checked before.
+    fn per_layer_rows(&self, batch: &Batch) -> Result<HostArray> {
+        let table = self.model.tensor(EMBED_TOKENS_PER_LAYER);
+        let columns = table.shape[1];
+        let width = columns * table.dtype.size();
+        let mut rows = HostArray::zeros(table.dtype, [batch.batch, batch.seq, columns])?;
+        let source = table.bytes.as_slice();
+        for (&id, row) in batch.ids.iter().zip(rows.bytes_mut().chunks_exact_mut(width)) {
+            row.copy_from_slice(&source[id as usize * width..][..width]);
+        }
+        Ok(rows)
+    }
+
+    /// The dtype a weight has on the device.
+    fn placed_dtype(&self, name: &str) -> DType {
+        // The per-layer table is not placed; its rows come as they are stored.
+        self.weights.get(name).map_or_else(|| self.model.stored_dtype(name), Buffer::dtype)
+    }
+
+    fn body_program(&self, batch: &Batch, trace: Trace) -> Result<Arc<Body>> {
+        let mut programs = self.programs.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (batch.batch, batch.seq, batch.segments.is_some(), trace);
+        if let Some(body) = programs.body.get(&key) {
+            return Ok(body.clone());
+        }
+        let options = ForwardOptions {
+            batch: batch.batch,
+            seq: batch.seq,
+            dtype: self.dtype,
+            segments: batch.segments.is_some(),
+            positions: false,
+            trace,
+        };
+        let program = forward_program(self.model.arch(), &options, &|name| self.placed_dtype(name))?;
+        let outputs = program.outputs.iter().map(|o| o.name.clone()).collect();
+        let executable = programs.compile(self.runtime, &program, self.dtype)?;
+        let body = Arc::new(Body { executable, outputs });
+        programs.body.insert(key, body.clone());
+        Ok(body)
+    }
+
+    fn head_program(&self, rows: usize) -> Result<Arc<Executable>> {
+        let mut programs = self.programs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(executable) = programs.head.get(&rows) {
+            return Ok(executable.clone());
+        }
+        let program = head_program(self.model.arch(), rows, self.dtype, &|name| self.placed_dtype(name))?;
+        let executable = programs.compile(self.runtime, &program, self.dtype)?;
+        programs.head.insert(rows, executable.clone());
+        Ok(executable)
+    }
+}
+
+/// A compiled decoder and the names of its outputs.
+#[derive(Debug)]
+struct Body {
+    executable: Arc<Executable>,
+    outputs: Vec<String>,
+}
+
+impl Programs {
+    fn compile(&mut self, runtime: &Runtime, program: &graph::Program, dtype: DType) -> Result<Arc<Executable>> {
+        let compiled = runtime.compile(program, &compile_options(dtype))?;
+        self.times.programs += 1;
+        self.times.cached += usize::from(compiled.cached);
+        self.times.total += compiled.time;
+        Ok(Arc::new(compiled.executable))
+    }
+}
+
+/// Puts one weight on the device: in place where the file aligns it, else in aligned memory.
+fn place(runtime: &Runtime, model: &Model, name: &str, dtype: DType) -> Result<(Buffer, Placement)> {
+    let view = model.tensor(name);
+    let client = runtime.client();
+    let bytes = view.bytes.as_slice();
+    if dtype != DType::F32 && view.dtype != dtype {
+        let converted = narrow(view.dtype, bytes, view.shape.clone(), dtype)?;
+        view.bytes.advise_dont_need();
+        let (buffer, _) = client.buffer_from_owned(converted, 0)?;
+        return Ok((buffer, Placement::Copied));
+    }
+    if bytes.as_ptr().addr().is_multiple_of(pjrt::ZERO_COPY_ALIGNMENT) {
+        let owner: pjrt::Owner = Arc::new(view.bytes.clone());
+        return Ok(client.buffer_from_mapped(owner, 0..bytes.len(), view.dtype, &view.shape, 0)?);
+    }
+    let copy = HostArray::from_bytes(view.dtype, view.shape.clone(), bytes)?;
+    // The copy is what runs; the file's pages would only count twice.
+    view.bytes.advise_dont_need();
+    let (buffer, _) = client.buffer_from_owned(copy, 0)?;
+    Ok((buffer, Placement::Copied))
+}
+
+/// Converts floats to `to`, rounding to nearest even.
+fn narrow(from: DType, bytes: &[u8], shape: Shape, to: DType) -> Result<HostArray> {
+    // Files align nothing, so elements are read byte by byte.
+    let widen: fn(&[u8]) -> f32 = match from {
+        DType::F32 => |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+        DType::BF16 => |b| bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+        DType::F16 => |b| f16::from_le_bytes([b[0], b[1]]).to_f32(),
+        other => return Err(EngineError::Input(format!("weights in {other} are not read"))),
+    };
+    let mut out = HostArray::zeros(to, shape)?;
+    let source = bytes.chunks_exact(from.size());
+    match to {
+        DType::BF16 => {
+            for (o, b) in out.as_mut_slice::<bf16>()?.iter_mut().zip(source) {
+                *o = bf16::from_f32(widen(b));
+            }
+        }
+        _ => {
+            for (o, b) in out.as_mut_slice::<f32>()?.iter_mut().zip(source) {
+                *o = widen(b);
+            }
+        }
+    }
+    Ok(out)
+}
