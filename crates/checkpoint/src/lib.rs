@@ -13,6 +13,7 @@
 //! **Invariant:** this crate knows bytes on disk. It knows no model: names, prefixes and the rules for tensors that may
 //! be left over come in as data. It depends on `tensor` alone.
 
+pub mod binding;
 pub mod commit;
 pub mod hf;
 pub mod mmap;
