@@ -26,8 +26,10 @@
 #![allow(unsafe_code)]
 #![warn(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
+mod allocator;
 mod api;
 mod buffer;
+mod cache;
 mod client;
 mod dtype;
 mod error;
@@ -39,7 +41,9 @@ mod proto;
 mod signature;
 mod sys;
 
+pub use allocator::{quiet_plugins, tune_allocator};
 pub use buffer::{Buffer, Owner, Placement, ZERO_COPY_ALIGNMENT};
+pub use cache::{CacheOutcome, CacheStats, ExecutableCache, Lookup};
 pub use client::{Client, ClientOptions, Device, DeviceMemory, TransferStats};
 pub use error::{Code, PjrtError, Result};
 pub use executable::{Executable, ExecuteOptions, MemoryFigures};

@@ -58,12 +58,15 @@ impl Drop for WorkDirectory {
 /// Runs the first installer that starts. One that starts and fails ends the search: its message is the one to show.
 fn download(plugin: &'static PinnedPlugin, into: &Path) -> Result<(), LocateError> {
     let requirement = format!("{}=={}", plugin.package, plugin.version);
-    let pip: [&OsStr; 9] = [
+    let pip: [&OsStr; 10] = [
         "download".as_ref(),
         "--quiet".as_ref(),
         "--disable-pip-version-check".as_ref(),
         "--no-deps".as_ref(),
         "--only-binary=:all:".as_ref(),
+        // Wheels differ by Python version even where the plugin inside does not; the pinned hash is of this one,
+        // whatever Python is here.
+        "--python-version=3.12".as_ref(),
         "--dest".as_ref(),
         into.as_os_str(),
         "--".as_ref(),

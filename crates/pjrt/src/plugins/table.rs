@@ -66,6 +66,54 @@ pub const PINNED: &[PinnedPlugin] = &[
         },
         note: "fallback: XLA of November 2025, PJRT 0.81; bf16 products at half the speed",
     },
+    PinnedPlugin {
+        platform: "cuda13",
+        package: "jax-cuda13-pjrt",
+        version: "0.12.0.1",
+        target: "x86_64-linux",
+        file: "jax_plugins/xla_cuda13/xla_cuda_plugin.so",
+        pin: Pin {
+            wheel: "5899bb6177eda86ea532afb9a26794f2bdd04966f6a01f9028266b16c2b6cf90",
+            library: "b6de513893c09af2c77e71afcef46d9706f8c259337cdef4cd5cae2353886f75",
+        },
+        note: "PJRT 0.116; wants NVIDIA's CUDA 13 libraries on the library path; not yet run on a device by this project",
+    },
+    PinnedPlugin {
+        platform: "cuda12",
+        package: "jax-cuda12-pjrt",
+        version: "0.12.0.1",
+        target: "x86_64-linux",
+        file: "jax_plugins/xla_cuda12/xla_cuda_plugin.so",
+        pin: Pin {
+            wheel: "5ec28e06198d094031c37590b4ea753ae8cde4879ab4b60baf40f0dffb673286",
+            library: "921aaa9c635255fb7b7a660d11c8f702c78a70e7f7d005d4f377c2dc5f0fede2",
+        },
+        note: "wants NVIDIA's CUDA 12 libraries on the library path; not yet run on a device by this project",
+    },
+    PinnedPlugin {
+        platform: "rocm7",
+        package: "jax-rocm7-pjrt",
+        version: "0.12.0",
+        target: "x86_64-linux",
+        file: "jax_plugins/xla_rocm7/xla_rocm_plugin.so",
+        pin: Pin {
+            wheel: "4551d0714523355f2946ca1958c3f584e95661e467a641d36b726f718a1c7934",
+            library: "6e7239347f37f1a5a17c2a2d9301411f9f17e30e0707a717f4717556fa402511",
+        },
+        note: "wants AMD's ROCm 7 libraries on the library path; not yet run on a device by this project",
+    },
+    PinnedPlugin {
+        platform: "tpu",
+        package: "libtpu",
+        version: "0.0.52",
+        target: "x86_64-linux",
+        file: "libtpu/libtpu.so",
+        pin: Pin {
+            wheel: "f76ab1f4d697c346371c50058796f6baa93317b89be8cf8a1012715a2655120d",
+            library: "f86de4d04a058e6b5101f73e0824b95f27e2cec996d2b9191d9cffda75c03077",
+        },
+        note: "PJRT 0.117; not yet run on a device by this project",
+    },
 ];
 
 /// The plugins of a platform for the machine this program was built for, the preferred one first.
