@@ -8,6 +8,7 @@
 //! | [`binding`] | the tensors a model expects, found under whatever prefix the directory uses |
 //! | [`write`] | a directory written tensor by tensor in bounded memory |
 //! | [`commit`] | output that appears complete or not at all |
+//! | [`manifest`] | checksums of every file of a directory |
 //! | [`orbax`] | the trees that MaxText reads and writes |
 //!
 //! **Invariant:** this crate knows bytes on disk. It knows no model: names, prefixes and the rules for tensors that may
@@ -16,6 +17,8 @@
 pub mod binding;
 pub mod commit;
 pub mod hf;
+pub mod manifest;
 pub mod mmap;
 pub mod orbax;
 pub mod safetensors;
+pub mod write;
