@@ -85,6 +85,11 @@ pub(crate) fn check(root: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Checks that nothing needs to be written to Cargo.lock.
+pub(crate) fn check_lock(root: &Path) -> Result<()> {
+    packages(root, &["--workspace", "--locked"]).map(|_| ())
+}
+
 /// Names of the packages in a tree without its development dependencies.
 fn packages(root: &Path, args: &[&str]) -> Result<BTreeSet<String>> {
     let output = Command::new(cargo_program())

@@ -30,7 +30,7 @@ pub(crate) const STEPS: &[Step] = &[
         name: "lock",
         about: "Cargo.lock agrees with the manifests",
         fast: true,
-        action: Action::Cargo(&["tree", "--workspace", "--locked", "--quiet", "--depth", "0"], &[]),
+        action: Action::Own(arrows::check_lock),
     },
     Step {
         name: "fmt",

@@ -2,10 +2,10 @@
 //!
 //! Each check looks at values that passed their own; it reports what it finds and never stops the others.
 
+use crate::build::{Reader, model, run, scales};
 use crate::error::Problem;
 use crate::files;
 use crate::layer::{Origin, RawConfig};
-use crate::resolved::{Reader, model, run, scales};
 use crate::suggest::listed;
 use crate::value::Value;
 

@@ -245,6 +245,39 @@ mod tests {
         );
     }
 
+    proptest::proptest! {
+        /// What is shown can be written: on the command line and, where it is no text that YAML breaks, in a file.
+        #[test]
+        fn shown_values_read_back(text in "\\PC{0,12}", items in proptest::collection::vec("\\PC{0,6}", 0..4),
+                                  int in 0..i64::from(i32::MAX), float in 0.0f64..1e300) {
+            for (key, value) in [
+                ("hf_name", Value::Text(text)),
+                ("adamw_mask", Value::List(items)),
+                ("data_shuffle_seed", Value::Int(int)),
+                ("learning_rate", Value::Float(float)),
+            ] {
+                let key = find(key).unwrap();
+                let shown = value.to_string();
+                let entries = yaml::parse(&format!("{}: {shown}\n", key.name)).unwrap();
+                proptest::prop_assert_eq!(from_json(key, &entries[0].value), Ok(value.clone()), "{}", shown);
+                if !matches!(value, Value::Text(_)) {
+                    proptest::prop_assert_eq!(from_text(key, &shown), Ok(value), "{}", shown);
+                }
+            }
+        }
+
+        /// No word makes any key panic.
+        #[test]
+        fn any_word_is_a_value_or_a_refusal(word in "\\PC{0,20}") {
+            for key in crate::keys::all() {
+                let _ = from_text(key, &word);
+                if let Ok(json) = yaml::scalar_or_list(&word) {
+                    let _ = from_json(key, &json);
+                }
+            }
+        }
+    }
+
     #[test]
     fn words_of_enumerations() {
         assert_eq!(text("remat_policy", "minimal_flash"), Ok(Value::from("minimal_with_context")));

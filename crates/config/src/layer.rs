@@ -192,7 +192,7 @@ impl RawConfig {
     /// # Errors
     /// All problems, those of the layers included.
     pub fn resolve(self) -> Result<Config, Error> {
-        crate::resolved::resolve(self)
+        crate::build::resolve(self)
     }
 }
 
@@ -219,10 +219,16 @@ struct Loader {
     notes: Vec<Note>,
     /// Values by level, merged at the end.
     found: Vec<(Level, &'static Key, Value, Origin)>,
+    /// Keys that were named, whether their value was one or not.
+    named: Vec<(Level, &'static Key, Origin)>,
+    /// The home directory, if the environment that was handed over names one.
+    home: Option<String>,
 }
 
 impl Loader {
     fn load(mut self, sources: &Sources) -> RawConfig {
+        let home = sources.environment.iter().find(|(name, _)| name == "HOME").and_then(|(_, value)| value.to_str());
+        self.home = home.map(str::to_owned);
         self.read_files(sources.config.as_deref());
         self.read_words(&sources.overrides);
         self.read_environment(&sources.environment);
@@ -303,13 +309,14 @@ impl Loader {
         let Some(key) = keys::find(name) else {
             return self.take_unsupported(level, name, &given, &origin);
         };
+        self.named.push((level, key, origin.clone()));
         let value = match given {
             Given::Word(word) => coerce::from_text(key, word),
             Given::Yaml(json) => coerce::from_json(key, json),
             Given::Value(value) => coerce::check(key, value.clone()),
         };
         let value = match value {
-            Ok(value) => value,
+            Ok(value) => self.at_home(key, value),
             Err((message, hint)) => {
                 self.problems.push(Problem { hint, ..Problem::new(name, &origin, message) });
                 return;
@@ -341,6 +348,16 @@ impl Loader {
             || (key.nullable && *value == Value::Float(0.0) && key.default == Literal::Null)
             // A mesh axis of -1 takes what is left, which one that cannot be cut leaves at 1.
             || (key.name.starts_with("dcn_") && *value == Value::Int(1))
+    }
+
+    /// Puts the home directory for a leading `~/`, which shells leave alone behind `key=`.
+    fn at_home(&self, key: &Key, value: Value) -> Value {
+        match (&value, &self.home) {
+            (Value::Text(text), Some(home)) if key.is_path && text.starts_with("~/") => {
+                Value::Text(format!("{}{}", home.trim_end_matches('/'), &text[1..]))
+            }
+            _ => value,
+        }
     }
 
     fn take_unsupported(&mut self, level: Level, name: &str, given: &Given<'_>, origin: &Origin) {
@@ -391,10 +408,9 @@ impl Loader {
 
     /// A key on the command line and in the environment is refused: neither place is more deliberate than the other.
     fn refuse_said_twice(&mut self) {
-        let on_line: Vec<&str> =
-            self.found.iter().filter(|f| f.0 == Level::CommandLine).map(|(_, key, ..)| key.name).collect();
-        for (level, key, _, origin) in &self.found {
-            if *level == Level::Environment && on_line.contains(&key.name) {
+        let on_line = |key: &Key| self.named.iter().any(|(l, k, _)| *l == Level::CommandLine && k.name == key.name);
+        for (level, key, origin) in &self.named {
+            if *level == Level::Environment && on_line(key) {
                 let message = "is set on the command line and in the environment";
                 self.problems.push(Problem::new(key.name, origin, message).hint("drop one of the two"));
             }

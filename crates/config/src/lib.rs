@@ -16,6 +16,7 @@
 //! **Invariant:** this crate knows nothing of the rest of the project, prints nothing, and reads no environment
 //! variable that it was not handed.
 
+mod build;
 mod check;
 mod choice;
 mod coerce;

@@ -17,13 +17,13 @@ pub(super) const KEYS: &[Key] = &within(
         Key::int("max_num_checkpoints_to_keep", 0, "Checkpoints kept; older ones are deleted. Null keeps all.")
             .at_least(1)
             .or_null(),
-        Key::text(
+        Key::path(
             "load_parameters_path",
             "",
             "Checkpoint whose weights start the run: an HF directory or a MaxText one. The run's own latest \
              checkpoint goes first.",
         ),
-        Key::text(
+        Key::path(
             "load_full_state_path",
             "",
             "Checkpoint whose weights, optimizer state and step start the run; excludes `load_parameters_path`.",

@@ -18,21 +18,21 @@ pub(super) const KEYS: &[Key] = &within(
         )
         .differs(Literal::Text("tfds"), "TensorFlow Datasets is not read here")
         .refuse(&[("tfds", PIPELINE), ("grain", PIPELINE), ("c4_mlperf", PIPELINE), ("olmo_grain", PIPELINE)]),
-        Key::text(
+        Key::path(
             "hf_path",
             "",
             "A data set directory, or the format of the files: `json`, `text` or `parquet`. Required by \
              `dataset_type=hf`.",
         ),
         Key::text("hf_name", "", "Configuration (subset) of the data set."),
-        Key::text("hf_data_dir", "", "Subdirectory of the data set to read."),
-        Key::text("hf_train_files", "", "Files to train on; a pattern with `*` is expanded."),
+        Key::path("hf_data_dir", "", "Subdirectory of the data set to read."),
+        Key::path("hf_train_files", "", "Files to train on; a pattern with `*` is expanded."),
         Key::text("hf_eval_split", "", "Split of the data set to evaluate on."),
-        Key::text("hf_eval_files", "", "Files to evaluate on; a pattern with `*` is expanded."),
+        Key::path("hf_eval_files", "", "Files to evaluate on; a pattern with `*` is expanded."),
         Key::text("train_split", "train", "Split of the data set to train on."),
         Key::list("train_data_columns", &["text"], "Columns (JSON fields) that hold the training text."),
         Key::list("eval_data_columns", &["text"], "Columns (JSON fields) that hold the evaluation text."),
-        Key::text(
+        Key::path(
             "tokenizer_path",
             "",
             "A tokenizer.json, or a directory that holds one; empty means the checkpoint's own.",

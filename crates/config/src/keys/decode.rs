@@ -10,7 +10,7 @@ pub(super) const KEYS: &[Key] = &within(
         Key::text("system_prompt", "", "Instruction put before the chat."),
         Key::bool("use_chat_template", false, "Wraps the prompt in the model's chat template."),
         Key::text("chat_template", "", "A chat template to use instead of the checkpoint's."),
-        Key::text("chat_template_path", "", "A file with a chat template to use instead of the checkpoint's."),
+        Key::path("chat_template_path", "", "A file with a chat template to use instead of the checkpoint's."),
         Key::choice("decode_sampling_strategy", SamplingStrategy::WORDS, "greedy", "How the next token is chosen."),
         Key::float(
             "decode_sampling_nucleus_p",
@@ -52,7 +52,7 @@ pub(super) const FINE_TUNING: &[Key] = &within(
         Key::int("lora.lora_tile_size", 0, "Tile of quantized base weights.")
             .or_null()
             .only("quantized base weights (QLoRA) are not offered"),
-        Key::text("lora.lora_restore_path", "", "Adapters to start from."),
+        Key::path("lora.lora_restore_path", "", "Adapters to start from."),
         Key::text("hf_lora_adapter_path", "", "Adapter in PEFT's format, for conversion.").only(ONE_SET),
         Key::text("lora_input_adapters_path", "", "Parent directory of adapters, for decoding.").only(ONE_SET),
     ],

@@ -9,7 +9,7 @@ const DILOCO: &str = "DiLoCo is not offered";
 const PIPELINE: &str = "the gemma4_small decoder cannot be cut into pipeline stages";
 const CONTEXT: &str = "cutting sequences over devices is not offered";
 const SEQUENCE: &str = "cutting sequences over the tensor axis is not offered";
-const EXPERT: &str = "the model is dense: there are no experts to spread; use the fsdp axis";
+const EXPERT: &str = "the model is dense and has no experts to spread; use the fsdp axis";
 const SERVING: &str = "the axis belongs to MaxText's serving engine";
 const NOT_IN_MESH: &str = "the axis is not part of the mesh, in MaxText neither";
 
@@ -34,14 +34,14 @@ pub(super) const KEYS: &[Key] = &within(
         Key::choice("hardware", Hardware::WORDS, "auto", "Kind of device; picks the plugin that is loaded.")
             .differs(Literal::Text("tpu"), "the plugin found decides")
             .refuse(&[("gpu_multiprocess", HOSTS)]),
-        Key::text(
+        Key::path(
             "pjrt_plugin",
             "",
             "Path of the PJRT plugin to load; empty looks in the environment variable LAPIDARY_PJRT_PLUGIN, then in \
              the cache directory.",
         )
         .own(),
-        Key::text(
+        Key::path(
             "jax_cache_dir",
             "",
             "Directory of compiled programs. Null means the tool's own cache directory, an empty text none at all.",

@@ -164,6 +164,8 @@ pub struct Key {
     pub aliases: &'static [&'static str],
     /// Type and range.
     pub kind: Kind,
+    /// Whether a text is a path, in which a leading `~/` means the home directory.
+    pub is_path: bool,
     /// Whether `null` (or the word `none`) is accepted.
     pub nullable: bool,
     /// The value where no layer gives one.
@@ -191,6 +193,7 @@ impl Key {
             name,
             aliases: &[],
             kind,
+            is_path: false,
             nullable: false,
             default,
             category: Category::Model,
@@ -218,6 +221,12 @@ impl Key {
 
     const fn text(name: &'static str, default: &'static str, doc: &'static str) -> Self {
         Key::new(name, Kind::Text, Literal::Text(default), doc)
+    }
+
+    const fn path(name: &'static str, default: &'static str, doc: &'static str) -> Self {
+        let mut key = Key::text(name, default, doc);
+        key.is_path = true;
+        key
     }
 
     const fn choice(
@@ -337,6 +346,7 @@ impl Key {
             Kind::Choice(words) => {
                 format!("one of {}", words.iter().map(|w| Value::from(*w).to_string()).collect::<Vec<_>>().join(", "))
             }
+            Kind::Text if self.is_path => "path".to_owned(),
             kind => kind.name().to_owned(),
         };
         if self.nullable { format!("{base}, or null") } else { base }

@@ -12,12 +12,12 @@ pub(super) const KEYS: &[Key] = &within(
             "Name of the run, a directory below `base_output_directory`. Empty means the environment variable \
              JOBSET_NAME, else model name and time.",
         ),
-        Key::text(
+        Key::path(
             "base_output_directory",
             "",
             "Directory of all runs; empty means `lapidary_output` in the working directory.",
         ),
-        Key::text("metrics_file", "", "File to which every step's metrics are appended as JSON lines."),
+        Key::path("metrics_file", "", "File to which every step's metrics are appended as JSON lines."),
         Key::bool("enable_tensorboard", true, "Writes event files for TensorBoard."),
         Key::int("log_period", 100, "Steps between flushes of the metrics.").at_least(1),
         Key::bool("log_config", true, "Logs every key at the start."),

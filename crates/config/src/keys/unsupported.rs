@@ -86,7 +86,7 @@ pub const GROUPS: &[Group] = &[
         ],
     },
     Group {
-        reason: "only the text model is built: no images, no sound",
+        reason: "only the text model is built, without images and sound",
         inert: false,
         keys: &[
             ("train_image_column", Some(Text("image"))),
@@ -138,7 +138,7 @@ pub const GROUPS: &[Group] = &[
         ],
     },
     Group {
-        reason: "the model is dense: there are no experts",
+        reason: "the model is dense and has no experts",
         inert: false,
         keys: &[
             ("float32_weight_sum", Some(Bool(true))),
