@@ -60,16 +60,7 @@ pub(crate) fn check(root: &Path) -> Result<()> {
     let members = packages(root, &["--workspace", "--depth", "0"])?;
     let mut wrong = Vec::new();
     for member in &members {
-        let Some((_, allowed)) = ALLOWED.iter().find(|(name, _)| name == member) else {
-            wrong.push(format!("{member} is not in the table of allowed edges"));
-            continue;
-        };
-        let used = packages(root, &["--package", member])?;
-        for other in members.iter().filter(|other| *other != member && used.contains(*other)) {
-            if !allowed.contains(&other.as_str()) {
-                wrong.push(format!("{member} must not depend on {other}"));
-            }
-        }
+        wrong.extend(violations(member, &packages(root, &["--package", member])?, &members));
     }
     for (name, _) in ALLOWED.iter().filter(|(name, _)| !members.contains(*name)) {
         wrong.push(format!("{name} is in the table of allowed edges and not in the workspace"));
@@ -83,6 +74,18 @@ pub(crate) fn check(root: &Path) -> Result<()> {
     }
     println!("    {} crates, {} packages in the build", members.len(), everything.len());
     Ok(())
+}
+
+/// What is wrong with the packages that one member uses.
+fn violations(member: &str, used: &BTreeSet<String>, members: &BTreeSet<String>) -> Vec<String> {
+    let Some((_, allowed)) = ALLOWED.iter().find(|(name, _)| *name == member) else {
+        return vec![format!("{member} is not in the table of allowed edges")];
+    };
+    members
+        .iter()
+        .filter(|other| *other != member && used.contains(*other) && !allowed.contains(&other.as_str()))
+        .map(|other| format!("{member} must not depend on {other}"))
+        .collect()
 }
 
 /// Checks that nothing needs to be written to Cargo.lock.
@@ -117,6 +120,17 @@ mod tests {
         let tree = "lapidary-graph v0.1.0 (/somewhere)\nlapidary-tensor v0.1.0 (/somewhere)\nhalf v2.7.1 (*)\n\n";
         let expected = ["half", "lapidary-graph", "lapidary-tensor"].map(str::to_owned);
         assert_eq!(names(tree), BTreeSet::from(expected));
+    }
+
+    #[test]
+    fn a_forbidden_edge_is_named() {
+        let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+        let members = set(&["lapidary-checkpoint", "lapidary-graph", "lapidary-tensor", "stranger"]);
+        let used = set(&["lapidary-checkpoint", "lapidary-graph", "lapidary-tensor", "zstd"]);
+        let found = violations("lapidary-checkpoint", &used, &members);
+        assert_eq!(found, ["lapidary-checkpoint must not depend on lapidary-graph"]);
+        assert_eq!(violations("stranger", &used, &members), ["stranger is not in the table of allowed edges"]);
+        assert!(violations("lapidary-graph", &set(&["lapidary-graph", "lapidary-tensor"]), &members).is_empty());
     }
 
     #[test]

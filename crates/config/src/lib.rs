@@ -25,6 +25,7 @@ mod explain;
 mod files;
 pub mod keys;
 mod layer;
+mod load;
 mod reference;
 mod resolved;
 mod suggest;
