@@ -90,7 +90,7 @@ impl<'r> Session<'r> {
     /// # Errors
     /// When the device has no room.
     pub fn new(runtime: &'r Runtime, model: Arc<Model>, dtype: DType) -> Result<Self> {
-        if !matches!(dtype, DType::F32 | DType::BF16) {
+        if !matches!(dtype, DType::F32 | DType::F64 | DType::BF16) {
             return Err(EngineError::Input(format!("activations in {dtype} are not offered; use float32 or bfloat16")));
         }
         let names: Vec<String> = body_params(model.arch()).map(|p| p.name).collect();
@@ -308,7 +308,7 @@ fn place(runtime: &Runtime, model: &Model, name: &str, dtype: DType) -> Result<(
     let view = model.tensor(name);
     let client = runtime.client();
     let bytes = view.bytes.as_slice();
-    if dtype != DType::F32 && view.dtype != dtype {
+    if view.dtype.size() > dtype.size() || (dtype == DType::BF16 && view.dtype != dtype) {
         let converted = narrow(view.dtype, bytes, view.shape.clone(), dtype)?;
         view.bytes.advise_dont_need();
         let (buffer, _) = client.buffer_from_owned(converted, 0)?;

@@ -4,7 +4,7 @@ use graph::{Compare, DotDims, Graph, Value};
 use tensor::DType;
 
 use crate::arch::{Layer, LayerKind};
-use crate::nn::{Angles, Result, masked_softmax, rms_norm};
+use crate::nn::{Angles, Result, masked_softmax, rms_norm, wide};
 
 /// Query positions of one block of a full layer. A full layer goes through its queries block by block, so that its scores
 /// never take more than `heads x FULL_BLOCK x S` floats.
@@ -140,8 +140,8 @@ fn block(
     let rows = g.reshape(q, [b, k, t * group, e])?;
     let batch =
         || DotDims { lhs_batch: vec![0, 1], rhs_batch: vec![0, 1], lhs_contract: vec![3], rhs_contract: vec![3] };
-    // Scores stay in f32 up to the softmax, in every dtype.
-    let scores = g.reshape(g.dot_general(rows, kv.keys, batch(), DType::F32)?, [b, k, t, group, s])?;
+    // Scores stay in f32 (f64) up to the softmax, also where activations are narrower.
+    let scores = g.reshape(g.dot_general(rows, kv.keys, batch(), wide(seq.dtype))?, [b, k, t, group, s])?;
     let qi = g.reshape(at.queries, [t, 1])?;
     let kj = g.reshape(at.keys, [1, s])?;
     let mut allowed = g.compare_bcast(Compare::Le, kj, qi)?;

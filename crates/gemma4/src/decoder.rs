@@ -10,7 +10,7 @@ use tensor::{DType, ParamSpec};
 
 use crate::arch::{KvSource, Layer, LayerKind, PerKind};
 use crate::attention::{AttentionTrace, AttentionWeights, KeyValues, OwnWeights, Sequence, attend, own_key_values};
-use crate::nn::{Angles, Result, gelu_tanh, rms_norm, scale_f32};
+use crate::nn::{Angles, Result, gelu_tanh, rms_norm, scale_f32, wide};
 use crate::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, param_table};
 use crate::{Arch, PerLayerInput};
 
@@ -21,7 +21,7 @@ pub struct ForwardOptions {
     pub batch: usize,
     /// Positions of each.
     pub seq: usize,
-    /// Activation dtype: `F32` to prove, `BF16` for speed.
+    /// Activation dtype: `F32` to prove, `BF16` for speed; `F64` does the arithmetic of an f32 model without its rounding.
     pub dtype: DType,
     /// Whether the program takes `segment_ids`: positions of different segments do not see each other.
     pub segments: bool,
@@ -127,8 +127,8 @@ fn head(g: &Graph, arch: &Arch, x: Value, table: Value) -> Result<Value> {
     match arch.spec().final_logit_softcapping {
         // HF divides, takes tanh and multiplies, each rounded to the activation dtype.
         Some(cap) => {
-            let z32 = g.convert(z, DType::F32)?;
-            let ratio = g.convert(g.div(z32, g.full_like(z32, cap)?)?, dtype)?;
+            let z_wide = g.convert(z, wide(dtype))?;
+            let ratio = g.convert(g.div(z_wide, g.full_like(z_wide, cap)?)?, dtype)?;
             scale_f32(g, g.tanh(ratio)?, cap)
         }
         None => Ok(z),
@@ -226,7 +226,8 @@ impl Decoder<'_> {
             let _scope = g.scope("embed");
             let rows_btd = g.convert(g.take(self.weights.stored(EMBED_TOKENS), ids)?, self.dtype)?;
             // sqrt(hidden) is rounded to the activation dtype before the product: 39.25 for E2B in bf16.
-            g.mul_scalar(rows_btd, (spec.hidden_size as f64).sqrt())?
+            // The reference's f32 model has the f32 root, also where the arithmetic is f64.
+            g.mul_scalar(rows_btd, f64::from((spec.hidden_size as f32).sqrt()))?
         };
         let ple = match (self.arch.per_layer_input(), rows) {
             (Some(p), Some(rows)) => Some(self.per_layer_inputs(p, embed, rows)?),
@@ -263,7 +264,7 @@ impl Decoder<'_> {
         let _scope = g.scope("per_layer_inputs");
         let d = g.dims(x);
         let shape = [d[0], d[1], self.arch.layers().len(), p.width];
-        let tok = g.mul_scalar(g.convert(rows, self.dtype)?, (p.width as f64).sqrt())?;
+        let tok = g.mul_scalar(g.convert(rows, self.dtype)?, f64::from((p.width as f32).sqrt()))?;
         let projection = self.weights.cast(g, "per_layer_model_projection.weight", self.dtype)?;
         let ctx = scale_f32(g, g.matmul_nt(x, projection, self.dtype)?, (d[2] as f64).powf(-0.5))?;
         let norm = self.weights.stored("per_layer_projection_norm.weight");

@@ -5,6 +5,11 @@ use tensor::{DType, HostArray, Shape};
 
 use crate::arch::Rope;
 
+/// The dtype of statistics and transcendental functions: f32, or f64 in a run that carries f64 activations.
+pub(crate) fn wide(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
 pub(crate) type Result<T> = std::result::Result<T, GraphError>;
 
 /// RMS norm over the last axis: statistics and weight in f32, then **one** rounding to the dtype of `x`.
@@ -13,13 +18,13 @@ pub(crate) fn rms_norm(g: &Graph, x: Value, weight: Option<Value>, eps: f64) -> 
     let dtype = g.dtype(x);
     let last = g.shape(x).rank() - 1;
     let width = g.dims(x)[last] as f64;
-    let x32 = g.convert(x, DType::F32)?;
+    let x32 = g.convert(x, wide(dtype))?;
     let sum = g.reduce_sum_keep(g.mul(x32, x32)?, &[last])?;
     let mean = g.mul_scalar(sum, 1.0 / width)?;
     let inverse = g.rsqrt(g.add_scalar(mean, eps)?)?;
     let mut y = g.mul_bcast(x32, inverse)?;
     if let Some(w) = weight {
-        y = g.mul_bcast(y, g.convert(w, DType::F32)?)?;
+        y = g.mul_bcast(y, g.convert(w, wide(dtype))?)?;
     }
     g.convert(y, dtype)
 }
@@ -27,7 +32,7 @@ pub(crate) fn rms_norm(g: &Graph, x: Value, weight: Option<Value>, eps: f64) -> 
 /// `gelu_pytorch_tanh`: computed in f32 and rounded once, as torch does inside its kernel.
 pub(crate) fn gelu_tanh(g: &Graph, x: Value) -> Result<Value> {
     let dtype = g.dtype(x);
-    let u = g.convert(x, DType::F32)?;
+    let u = g.convert(x, wide(dtype))?;
     let cube = g.mul(g.mul(u, u)?, u)?;
     let inner = g.add(u, g.mul_scalar(cube, 0.044715)?)?;
     let t = g.tanh(g.mul_scalar(inner, (2.0 / std::f64::consts::PI).sqrt())?)?;
@@ -38,7 +43,7 @@ pub(crate) fn gelu_tanh(g: &Graph, x: Value) -> Result<Value> {
 /// `x` times an f32 scalar with one rounding, as torch multiplies a tensor by a Python float.
 pub(crate) fn scale_f32(g: &Graph, x: Value, s: f64) -> Result<Value> {
     let dtype = g.dtype(x);
-    g.convert(g.mul_scalar(g.convert(x, DType::F32)?, s)?, dtype)
+    g.convert(g.mul_scalar(g.convert(x, wide(dtype))?, s)?, dtype)
 }
 
 /// Cosine and sine of every rotated angle.
@@ -60,6 +65,7 @@ impl Angles {
         let f = g.constant(HostArray::from_slice([half], &frequencies).expect("one value per frequency"))?;
         let p = g.convert(positions, DType::F32)?;
         let angle = g.mul(g.broadcast_in_dim(p, shape, &[0, 1])?, g.broadcast_in_dim(f, shape, &[2])?)?;
+        let angle = g.convert(angle, wide(dtype))?;
         Ok(Angles { cos: g.convert(g.cos(angle)?, dtype)?, sin: g.convert(g.sin(angle)?, dtype)? })
     }
 
@@ -78,11 +84,11 @@ impl Angles {
     }
 }
 
-/// Softmax over the last axis of f32 scores, with excluded positions at exactly zero.
+/// Softmax over the last axis of wide scores, with excluded positions at exactly zero.
 /// At least one position of every row must be allowed.
 pub(crate) fn masked_softmax(g: &Graph, scores: Value, allowed: Value) -> Result<Value> {
     let last = g.shape(scores).rank() - 1;
-    let low = g.full_like(scores, graph::finite_min(DType::F32))?;
+    let low = g.full_like(scores, graph::finite_min(g.dtype(scores)))?;
     let masked = g.select(g.broadcast_to(allowed, g.shape(scores))?, scores, low)?;
     let shifted = g.sub_bcast(masked, g.reduce_max_keep(masked, &[last])?)?;
     let e = g.exp(shifted)?;
