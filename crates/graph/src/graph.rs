@@ -34,7 +34,7 @@ impl Value {
 pub struct InputOptions {
     /// The caller gives its memory away; the program may reuse it for an output.
     pub donate: bool,
-    /// How it is laid out over the mesh.
+    /// How it is laid out over the mesh; `None`: whole on every device.
     pub sharding: Option<Sharding>,
 }
 
@@ -43,7 +43,7 @@ pub struct InputOptions {
 pub struct OutputOptions {
     /// The donated input of the same type whose memory it takes over.
     pub reuse: Option<Value>,
-    /// How it is laid out over the mesh.
+    /// How it is laid out over the mesh; `None`: as the value was annotated, or else whole on every device.
     pub sharding: Option<Sharding>,
 }
 

@@ -101,9 +101,9 @@ named_enum! {
         Div = "divide",
         /// Remainder with the sign of the dividend.
         Rem = "remainder",
-        /// Larger; a NaN wins.
+        /// Larger; a NaN wins (on CPU only if compiled with `xla_cpu_enable_fast_min_max=false`).
         Max = "maximum",
-        /// Smaller; a NaN wins.
+        /// Smaller; a NaN wins (on CPU only if compiled with `xla_cpu_enable_fast_min_max=false`).
         Min = "minimum",
         /// Power.
         Pow = "power",

@@ -16,7 +16,7 @@ pub struct InputSpec {
     pub shape: Shape,
     /// Whether the caller gives its memory away.
     pub donated: bool,
-    /// How it is laid out over the mesh.
+    /// How it is laid out over the mesh; `None`: whole on every device.
     pub sharding: Option<Sharding>,
 }
 
@@ -29,7 +29,7 @@ pub struct OutputSpec {
     pub dtype: DType,
     /// Global shape.
     pub shape: Shape,
-    /// How it is laid out over the mesh.
+    /// How it is laid out over the mesh; `None`: whole on every device.
     pub sharding: Option<Sharding>,
     /// Index of the donated input whose memory it takes over.
     pub reuses: Option<usize>,

@@ -83,7 +83,7 @@ impl Printer<'_> {
                     None => "jax.buffer_donor = true".to_owned(),
                 });
             }
-            attributes.extend(self.sharding_attribute(spec.sharding.as_ref()));
+            attributes.extend(self.sharding_attribute(spec.sharding.as_ref(), spec.shape.rank()));
             arguments.push(format!("%arg{i}: {}{}", tensor(body.ty(v)), braces(&attributes)));
         }
         let results: Vec<String> = program
@@ -91,7 +91,8 @@ impl Printer<'_> {
             .iter()
             .zip(body.outputs())
             .map(|(spec, &v)| {
-                let attributes: Vec<String> = self.sharding_attribute(spec.sharding.as_ref()).into_iter().collect();
+                let attributes: Vec<String> =
+                    self.sharding_attribute(spec.sharding.as_ref(), spec.shape.rank()).into_iter().collect();
                 format!("{}{}", tensor(body.ty(v)), braces(&attributes))
             })
             .collect();
@@ -104,8 +105,12 @@ impl Printer<'_> {
         self.line("}");
     }
 
-    fn sharding_attribute(&self, sharding: Option<&Sharding>) -> Option<String> {
-        self.mesh.and(sharding).map(|s| format!("sdy.sharding = #sdy.sharding<@mesh, {s}>"))
+    /// What stands at an input or output of a program with a mesh. Those without a sharding are declared whole on every
+    /// device: the partitioner would otherwise cut them as it likes, and the caller could not know how.
+    fn sharding_attribute(&self, sharding: Option<&Sharding>, rank: usize) -> Option<String> {
+        self.mesh?;
+        let whole = Sharding::replicated(rank);
+        Some(format!("sdy.sharding = #sdy.sharding<@mesh, {}>", sharding.unwrap_or(&whole)))
     }
 
     /// Prints the live nodes of a body whose inputs already have names.

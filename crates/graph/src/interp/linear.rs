@@ -27,10 +27,15 @@ pub(super) fn reduce(x: &Array, kind: ReduceKind, dims: &[usize]) -> Vec<f64> {
         ReduceKind::Min => (highest(d), Box::new(min)),
         ReduceKind::And if d == DType::Bool => (1.0, Box::new(|a, b| a * b)),
         ReduceKind::Or if d == DType::Bool => (0.0, Box::new(f64::max)),
-        ReduceKind::And => (bitwise(BinaryOp::Or, -1.0, -1.0, d), Box::new(|a, b| bitwise(BinaryOp::And, a, b, d))),
+        // All ones, whatever the width; a reduction over nothing wraps it into the dtype below.
+        ReduceKind::And => (-1.0, Box::new(|a, b| bitwise(BinaryOp::And, a, b, d))),
         ReduceKind::Or => (0.0, Box::new(|a, b| bitwise(BinaryOp::Or, a, b, d))),
     };
-    (0..n).map(|i| v[i * each..(i + 1) * each].iter().fold(start, |a, &b| combine(a, b))).collect()
+    let total = |i: usize| v[i * each..(i + 1) * each].iter().fold(start, |a, &b| combine(a, b));
+    match kind {
+        ReduceKind::And if d.is_integer() && each == 0 => vec![bitwise(BinaryOp::Or, start, start, d); n],
+        _ => (0..n).map(total).collect(),
+    }
 }
 
 fn lowest(d: DType) -> f64 {
