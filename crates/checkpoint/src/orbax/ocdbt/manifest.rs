@@ -174,11 +174,12 @@ fn skip_version_nodes(c: &mut Cursor<'_>, table: &[DataFile]) -> Result<(), Form
 }
 
 pub(super) fn lookup(table: &[DataFile], id: u64) -> Result<&DataFile, FormatError> {
-    usize::try_from(id).ok().and_then(|i| table.get(i)).ok_or(FormatError::Limit {
+    let file = usize::try_from(id).ok().and_then(|i| table.get(i)).ok_or(FormatError::Limit {
         what: "data file number",
         value: id,
         limit: (table.len() as u64).saturating_sub(1),
-    })
+    })?;
+    if file.is_safe() { Ok(file) } else { Err(FormatError::Invalid("it refers to a data file without a name".into())) }
 }
 
 fn encode_versions(b: &mut Vec<u8>, versions: &[Version]) {

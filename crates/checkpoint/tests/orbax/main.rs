@@ -1,0 +1,7 @@
+//! Orbax checkpoints end to end.
+
+// Helpers outside of test functions unwrap too.
+#![allow(clippy::unwrap_used)]
+
+mod pattern;
+mod samples;
