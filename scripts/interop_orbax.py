@@ -246,8 +246,13 @@ def main():
     samples.add_argument("dir", type=pathlib.Path)
     args = parser.parse_args()
     if args.command == "samples":
-        write_samples(args.dir)
-        write_stores(args.dir / "stores")
+        # Orbax writes the directory's name into some files; it should be the same on every machine.
+        neutral = pathlib.Path("/tmp/samples")
+        shutil.rmtree(neutral, ignore_errors=True)
+        write_samples(neutral)
+        write_stores(neutral / "stores")
+        shutil.copytree(neutral, args.dir)
+        shutil.rmtree(neutral)
         return 0
     errors = []
     with tempfile.TemporaryDirectory() as tmp:
