@@ -34,6 +34,7 @@ mod client;
 mod dtype;
 mod error;
 mod executable;
+pub mod ffi;
 mod options;
 mod plugin;
 pub mod plugins;

@@ -5,6 +5,7 @@
 mod basics;
 mod cache;
 mod common;
+mod custom_calls;
 mod devices;
 mod fetching;
 mod memory;
