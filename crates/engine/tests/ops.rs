@@ -4,6 +4,9 @@
 //! bools must agree exactly. A float may differ by [`tolerance`] of the larger of its magnitude and 1 (the compiler's
 //! elementary functions are a few units off in the last place, and its sums run in another order).
 
+// The helpers of a test may unwrap as the test itself does.
+#![allow(clippy::unwrap_used)]
+
 use std::sync::OnceLock;
 
 use graph::{
