@@ -24,6 +24,9 @@ pub enum EngineError {
     /// Tensors do not fit the model.
     #[error(transparent)]
     Bind(#[from] checkpoint::binding::BindError),
+    /// A checkpoint could not be written.
+    #[error(transparent)]
+    Write(#[from] checkpoint::write::WriteError),
     /// The configuration in a checkpoint.
     #[error("{path}: {source}")]
     Arch {

@@ -6,7 +6,10 @@ pub mod compare;
 pub mod error;
 pub mod forward;
 pub mod golden;
+pub mod init;
+pub mod known;
 pub mod model;
+pub mod rng;
 pub mod runtime;
 pub mod verify;
 

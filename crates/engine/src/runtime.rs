@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use graph::Program;
 use pjrt::plugins::{LocateOptions, Located, locate};
-use pjrt::{Client, ClientOptions, CompileOptions, Executable, Plugin};
+use pjrt::{Client, ClientOptions, CompileOptions, Executable, ExecutableCache, Lookup, Plugin};
 use tensor::DType;
 
 use crate::Result;
@@ -36,6 +36,7 @@ impl std::fmt::Debug for RuntimeOptions<'_> {
 pub struct Runtime {
     located: Located,
     client: Client,
+    cache: Option<ExecutableCache>,
 }
 
 /// A compiled program and what it took.
@@ -66,7 +67,12 @@ impl Runtime {
         )?;
         let plugin = Plugin::load(&located.path)?;
         let client = Client::new(&plugin, &ClientOptions::cpu(options.cpu_devices.max(1)))?;
-        Ok(Runtime { located, client })
+        let cache = match options.no_cache {
+            true => None,
+            // A cache that cannot be made costs time, not correctness.
+            false => executable_cache_dir().and_then(|dir| ExecutableCache::new(dir).ok()),
+        };
+        Ok(Runtime { located, client, cache })
     }
 
     /// The client.
@@ -87,16 +93,22 @@ impl Runtime {
     /// When the plugin refuses the program.
     pub fn compile(&self, program: &Program, options: &CompileOptions) -> Result<Compiled> {
         let start = Instant::now();
-        let executable = self.client.compile(&program.stablehlo(), options)?;
-        Ok(Compiled { executable, time: start.elapsed(), cached: false })
+        let (executable, outcome) = self.client.compile_cached(&program.stablehlo(), options, self.cache.as_ref())?;
+        Ok(Compiled { executable, time: start.elapsed(), cached: outcome.lookup == Lookup::Hit })
     }
+}
+
+/// Where compiled programs are kept, if there is a cache directory at all.
+#[must_use]
+pub fn executable_cache_dir() -> Option<PathBuf> {
+    pjrt::plugins::cache_dir().ok().map(|dir| dir.join("executables"))
 }
 
 /// The compile options for activations of a dtype.
 #[must_use]
 pub fn compile_options(dtype: DType) -> CompileOptions {
     match dtype {
-        DType::BF16 | DType::F16 => CompileOptions::default(),
-        _ => CompileOptions::default().with("xla_allow_excess_precision", false),
+        DType::BF16 | DType::F16 => CompileOptions::bf16(),
+        _ => CompileOptions::verify_f32(),
     }
 }

@@ -9,6 +9,7 @@ use tensor::DType;
 
 use crate::compare::{Summary, TokenDistance, TraceDistance};
 use crate::golden::{Golden, trace_order};
+use crate::known::KnownAnswer;
 use crate::{Batch, EngineError, Result, Session};
 
 /// What counts as agreement.
@@ -31,6 +32,8 @@ pub struct Verdict {
     pub tolerances: Tolerances,
     /// Activation dtype.
     pub dtype: &'static str,
+    /// The dtype arithmetic was done in; wider than activations where that costs nothing.
+    pub arithmetic: &'static str,
     /// All tokens.
     pub overall: Summary,
     /// Sequence by sequence.
@@ -40,6 +43,9 @@ pub struct Verdict {
     pub trace: Vec<TraceDistance>,
     /// The first intermediate value outside tolerance.
     pub first_divergence: Option<String>,
+    /// Published answers, if those were the reference.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub known_answers: Vec<KnownAnswer>,
     /// Seconds of all forward runs, compilation not included.
     pub forward_seconds: f64,
 }
@@ -52,6 +58,16 @@ pub struct SequenceVerdict {
     /// Its distances.
     #[serde(flatten)]
     pub summary: Summary,
+}
+
+impl Verdict {
+    /// A verdict over published answers: tokens and a few logits, no divergence.
+    pub(crate) fn of_known_answers(session: &Session<'_>, tolerances: Tolerances, answers: Vec<KnownAnswer>) -> Self {
+        let mut verdict = Run::new(tolerances).finish(session, session.model().arch().vocab_size());
+        verdict.passed = !answers.is_empty() && answers.iter().all(|a| a.passed);
+        verdict.known_answers = answers;
+        verdict
+    }
 }
 
 /// Compares a model with a golden file.
@@ -196,10 +212,12 @@ impl Run {
             passed,
             tolerances: self.tolerances,
             dtype: session.dtype().name(),
+            arithmetic: session.dtype().name(),
             overall,
             sequences: self.sequences,
             trace: self.trace,
             first_divergence,
+            known_answers: Vec::new(),
             forward_seconds: self.forward.as_secs_f64(),
         }
     }
