@@ -64,6 +64,11 @@ impl Client {
     pub fn compile(&self, program: &str, options: &CompileOptions) -> Result<Executable> {
         let operation = "compile";
         let options = self.encode_options(options)?;
+        // Seen to crash plugins. Donation is written on the arguments instead.
+        if program.contains("mhlo.input_output_alias") {
+            let reason = "plugins crash on this attribute; mark arguments with tf.aliasing_output instead".to_owned();
+            return Err(PjrtError::Option { name: "mhlo.input_output_alias".to_owned(), reason });
+        }
         let format = "mlir";
         let program = args!(PJRT_Program {
             // The plugin does not write to the program; the C declaration is shared with functions that do.

@@ -113,7 +113,9 @@ impl Plugin {
         if let Some(plugin) = loaded.get(&canonical) {
             return Ok(Arc::clone(plugin));
         }
-        let sha256 = crate::plugins::hash::sha256_of_file_remembered(&canonical).map_err(|e| load_error(e.into()))?;
+        let memory = crate::plugins::cache_dir().ok().map(|c| c.join("plugins"));
+        let sha256 = crate::plugins::hash::sha256_of_file_remembered(&canonical, memory.as_deref())
+            .map_err(|e| load_error(e.into()))?;
 
         // SAFETY: loading runs the library's initialisers. That a plugin is trusted code is the caller's choice: the
         // table of pinned hashes exists for this.

@@ -12,14 +12,36 @@ use super::table::PinnedPlugin;
 /// No plugin is larger; a wheel that claims so is not unpacked.
 const LARGEST_LIBRARY: u64 = 4 << 30;
 
+/// A program and its first arguments, which understands the arguments of `pip` after those.
+type Installer = (&'static str, &'static [&'static str]);
+
+/// The installers, in the order they are tried. uv itself cannot download a wheel; it can run pip in an environment
+/// of its own.
+const INSTALLERS: [Installer; 5] = [
+    ("python3", &["-m", "pip"]),
+    ("python", &["-m", "pip"]),
+    ("pip3", &[]),
+    ("pip", &[]),
+    ("uv", &["tool", "run", "--quiet", "pip"]),
+];
+
 /// Fetches a plugin to `target`, which appears complete and verified, or not at all.
 pub(crate) fn fetch(plugin: &'static PinnedPlugin, target: &Path, progress: &dyn Fn(&str)) -> Result<(), LocateError> {
+    fetch_with(&INSTALLERS, plugin, target, progress)
+}
+
+fn fetch_with(
+    installers: &[Installer],
+    plugin: &'static PinnedPlugin,
+    target: &Path,
+    progress: &dyn Fn(&str),
+) -> Result<(), LocateError> {
     let directory = target.parent().unwrap_or(Path::new("."));
     fs_err::create_dir_all(directory)?;
     // Beside the target, so that the last step is a rename within one file system.
     let work = WorkDirectory::new(directory)?;
     progress(&format!("downloading {} {}", plugin.package, plugin.version));
-    download(plugin, &work.0)?;
+    download(installers, plugin, &work.0)?;
     let wheel = the_wheel(&work.0)?;
     progress(&format!("verifying {} {}", plugin.package, plugin.version));
     let got = hash::sha256_of_file(&wheel)?;
@@ -56,7 +78,7 @@ impl Drop for WorkDirectory {
 }
 
 /// Runs the first installer that starts. One that starts and fails ends the search: its message is the one to show.
-fn download(plugin: &'static PinnedPlugin, into: &Path) -> Result<(), LocateError> {
+fn download(installers: &[Installer], plugin: &'static PinnedPlugin, into: &Path) -> Result<(), LocateError> {
     let requirement = format!("{}=={}", plugin.package, plugin.version);
     let pip: [&OsStr; 10] = [
         "download".as_ref(),
@@ -72,19 +94,11 @@ fn download(plugin: &'static PinnedPlugin, into: &Path) -> Result<(), LocateErro
         "--".as_ref(),
         requirement.as_ref(),
     ];
-    // uv itself cannot download a wheel; it can run pip in a throw-away environment.
-    let installers: [(&str, &[&str]); 5] = [
-        ("python3", &["-m", "pip"]),
-        ("python", &["-m", "pip"]),
-        ("pip3", &[]),
-        ("pip", &[]),
-        ("uv", &["tool", "run", "--quiet", "pip"]),
-    ];
     let mut tried = Vec::new();
-    for (program, prefix) in installers {
+    for (program, prefix) in installers.iter().copied() {
         let mut command = Command::new(program);
         command.args(prefix).args(pip).stdin(Stdio::null());
-        let shown = format!("{program} {} {requirement}", prefix.join(" "));
+        let shown = [&[program], prefix, &["download", &requirement]].concat().join(" ");
         let output = match command.output() {
             Ok(output) => output,
             Err(_) => {
@@ -187,5 +201,38 @@ mod tests {
     fn the_end_of_a_message_is_shown() {
         assert_eq!(tail("a\n\nb\nc\n d \n"), "b | c | d");
         assert_eq!(tail("\n"), "it printed nothing");
+    }
+
+    /// What comes of an installer that is this shell script, whose `$7` is the directory to download to.
+    fn fetch_by(script: Option<&'static str>) -> (String, usize) {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("plugin").join("p.so");
+        let installers: &[Installer] = match script {
+            None => &[("no-such-installer", &[]), ("no-such-installer-either", &[])],
+            Some("offline") => &[("sh", &["-c", "echo no network >&2; exit 1"]), ("no-such-installer", &[])],
+            Some("no pip") => &[("sh", &["-c", "echo No module named pip >&2; exit 1"])],
+            Some("silent") => &[("sh", &["-c", "exit 0"])],
+            Some(_) => &[("sh", &["-c", "echo x > \"$7/a.whl\""])],
+        };
+        let plugin = &super::super::table::PINNED[0];
+        let error = fetch_with(installers, plugin, &target, &|_| {}).unwrap_err();
+        let left = fs_err::read_dir(target.parent().unwrap()).unwrap().count();
+        (error.to_string(), left)
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn failures_say_what_happened_and_leave_nothing_behind() {
+        for (script, part) in [
+            (None, "neither runs here (no-such-installer: not found, no-such-installer-either: not found)"),
+            (Some("offline"), "failed: no network; if this machine is offline"),
+            (Some("no pip"), "sh: has no pip"),
+            (Some("silent"), "not exactly one wheel"),
+            (Some("tampered"), "has SHA-256 73cb3858a687a8494ca3323053016282f3dad39d42cf62ca4e79dda2aac7d9ac"),
+        ] {
+            let (message, left) = fetch_by(script);
+            assert!(message.contains(part), "{message}");
+            assert_eq!(left, 0, "{script:?}");
+        }
     }
 }

@@ -194,23 +194,26 @@ fn cache_dir_from(variable: impl Fn(&str) -> Option<OsString>) -> Result<PathBuf
 /// # Errors
 /// When nothing is found, or what is found is not what it should be. Every message says what to do.
 pub fn locate(platform: &str, options: &LocateOptions<'_>) -> Result<Located, LocateError> {
+    let cache = match &options.cache_dir {
+        Some(dir) => Ok(dir.clone()),
+        None => cache_dir(),
+    };
+    // A path needs no cache directory.
+    let memory = cache.as_ref().ok().map(|c| c.join("plugins"));
     if let Some(path) = &options.path {
-        return named(path.clone(), Origin::Path, "the given path");
+        return named(path.clone(), Origin::Path, "the given path", memory.as_deref());
     }
     if options.use_environment
         && let Some(path) = std::env::var_os(PLUGIN_VARIABLE).filter(|v| !v.is_empty())
     {
-        return named(path.into(), Origin::Environment, PLUGIN_VARIABLE);
+        return named(path.into(), Origin::Environment, PLUGIN_VARIABLE, memory.as_deref());
     }
-    let cache = match &options.cache_dir {
-        Some(dir) => dir.clone(),
-        None => cache_dir()?,
-    };
+    let cache = cache?;
     let mut preferred = None;
     for plugin in table::candidates(platform) {
         let path = cached_path(&cache, plugin);
         if path.is_file() {
-            return cached(path, plugin, Origin::Cache);
+            return cached(path, plugin, Origin::Cache, memory.as_deref());
         }
         preferred = preferred.or(Some(plugin));
     }
@@ -222,7 +225,7 @@ pub fn locate(platform: &str, options: &LocateOptions<'_>) -> Result<Located, Lo
     }
     let silent = |_: &str| {};
     fetch::fetch(plugin, &path, options.progress.unwrap_or(&silent))?;
-    cached(path, plugin, Origin::Download)
+    cached(path, plugin, Origin::Download, memory.as_deref())
 }
 
 impl Plugin {
@@ -249,8 +252,8 @@ fn cached_path(cache: &Path, plugin: &PinnedPlugin) -> PathBuf {
     cache.join("plugins").join(format!("{}-{}", plugin.package, plugin.version)).join(name)
 }
 
-fn named(path: PathBuf, origin: Origin, named_by: &'static str) -> Result<Located, LocateError> {
-    match hash::sha256_of_file_remembered(&path) {
+fn named(path: PathBuf, origin: Origin, named_by: &'static str, memory: Option<&Path>) -> Result<Located, LocateError> {
+    match hash::sha256_of_file_remembered(&path, memory) {
         Ok(sha256) => {
             let pinned = table::by_sha256(&sha256);
             Ok(Located { path, origin, sha256, pinned })
@@ -259,8 +262,13 @@ fn named(path: PathBuf, origin: Origin, named_by: &'static str) -> Result<Locate
     }
 }
 
-fn cached(path: PathBuf, plugin: &'static PinnedPlugin, origin: Origin) -> Result<Located, LocateError> {
-    let sha256 = hash::sha256_of_file_remembered(&path)?;
+fn cached(
+    path: PathBuf,
+    plugin: &'static PinnedPlugin,
+    origin: Origin,
+    memory: Option<&Path>,
+) -> Result<Located, LocateError> {
+    let sha256 = hash::sha256_of_file_remembered(&path, memory)?;
     if sha256 != plugin.pin.library {
         return Err(LocateError::WrongHash { what: "the plugin", path, got: sha256, wanted: plugin.pin.library });
     }

@@ -97,6 +97,28 @@ fn a_program_that_does_not_parse_says_where() {
 }
 
 #[test]
+fn programs_that_are_none_are_refused() {
+    let alias = "module attributes {mhlo.input_output_alias = []} { func.func @main() { return } }";
+    for program in ["", "module {}", "\0", "func.func @main(%x: tensor<?xf32>) { return }", alias] {
+        assert!(client().compile(program, &CompileOptions::default()).is_err(), "{program:?}");
+    }
+}
+
+#[test]
+fn a_program_without_arguments_and_one_without_results() {
+    let none: [&lapidary_pjrt::Buffer; 0] = [];
+    let seven = compile(
+        "func.func @main() -> tensor<i32> {
+           %c = stablehlo.constant dense<7> : tensor<i32>
+           return %c : tensor<i32>
+         }",
+    );
+    assert_eq!(seven.execute(&none).unwrap()[0].to_host().unwrap().to_f64(), [7.0]);
+    let nothing = compile("func.func @main(%x: tensor<3xf32>) { return }");
+    assert!(nothing.execute(&[&put(&f32s(&[3], &[0.0; 3]))]).unwrap().is_empty());
+}
+
+#[test]
 fn unknown_and_misspelt_compile_options_are_errors() {
     for (name, value) in [
         ("xla_no_such_flag", OptionValue::Bool(true)),
