@@ -35,7 +35,6 @@ impl Checksums {
         }
     }
 
-    #[cfg(test)]
     pub(super) fn insert(&mut self, path: String, size: u64, crc: u32) {
         self.files.insert(path, (size, crc));
     }

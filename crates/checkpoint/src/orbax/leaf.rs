@@ -88,7 +88,11 @@ pub(super) fn visit<E: From<ChunkError>>(
 
 /// Calls `f` with consecutive boxes of at most `max` elements (but at least one) that cover `shape` in row-major order,
 /// each contiguous in a dense array of that shape.
-fn blocks<E>(shape: &[usize], max: usize, f: &mut impl FnMut(&[usize], &[usize]) -> Result<(), E>) -> Result<(), E> {
+pub(super) fn blocks<E>(
+    shape: &[usize],
+    max: usize,
+    f: &mut impl FnMut(&[usize], &[usize]) -> Result<(), E>,
+) -> Result<(), E> {
     if shape.contains(&0) {
         return Ok(());
     }

@@ -56,7 +56,7 @@ impl fmt::Display for Region {
         f.write_str("[")?;
         for (i, (o, n)) in self.origin.iter().zip(&self.shape).enumerate() {
             let comma = if i > 0 { ", " } else { "" };
-            write!(f, "{comma}{o}:{}", o + n)?;
+            write!(f, "{comma}{o}:{}", o.saturating_add(*n))?;
         }
         f.write_str("]")
     }

@@ -4,4 +4,5 @@
 #![allow(clippy::unwrap_used)]
 
 mod pattern;
+mod round;
 mod samples;
