@@ -109,6 +109,8 @@ pub fn executable_cache_dir() -> Option<PathBuf> {
 pub fn compile_options(dtype: DType) -> CompileOptions {
     match dtype {
         DType::BF16 | DType::F16 => CompileOptions::bf16(),
+        // Small models only: compiling takes longer than running, so the code need not be fast.
+        DType::F64 => CompileOptions::verify_f32().with("xla_backend_optimization_level", 0i64),
         _ => CompileOptions::verify_f32(),
     }
 }

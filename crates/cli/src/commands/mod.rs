@@ -1,0 +1,114 @@
+//! One module for each command.
+
+pub(crate) mod config;
+pub(crate) mod doctor;
+pub(crate) mod flops;
+pub(crate) mod init;
+pub(crate) mod plugin;
+pub(crate) mod quickstart;
+pub(crate) mod verify;
+
+use std::fmt;
+use std::path::PathBuf;
+
+use engine::{Runtime, RuntimeOptions};
+
+use crate::ui::Ui;
+
+/// What a command that ran to its end has to say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// Done, and true.
+    Yes,
+    /// Ran, and the answer is no.
+    No,
+}
+
+/// Why a command did not run to its end.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    /// Whether usage or configuration is to blame.
+    usage: bool,
+    message: String,
+    hints: Vec<String>,
+}
+
+impl Failure {
+    /// Bad usage or configuration.
+    pub(crate) fn usage(message: impl fmt::Display) -> Self {
+        Failure { usage: true, message: message.to_string(), hints: Vec::new() }
+    }
+
+    /// Something failed while running.
+    pub(crate) fn run(message: impl fmt::Display) -> Self {
+        Failure { usage: false, message: message.to_string(), hints: Vec::new() }
+    }
+
+    /// The same, with advice.
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hints.push(hint.into());
+        self
+    }
+
+    pub(crate) fn exit_code(&self) -> u8 {
+        if self.usage { 2 } else { 1 }
+    }
+
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
+    pub(crate) fn hints(&self) -> &[String] {
+        &self.hints
+    }
+}
+
+impl<E: std::error::Error> From<E> for Failure {
+    /// Any error met while running, with its sources.
+    fn from(error: E) -> Self {
+        let mut message = error.to_string();
+        let mut source = error.source();
+        while let Some(s) = source {
+            let text = s.to_string();
+            // Many errors already tell their source.
+            if !message.contains(&text) {
+                message += ": ";
+                message += &text;
+            }
+            source = s.source();
+        }
+        Failure::run(message)
+    }
+}
+
+/// What a command gives back.
+pub(crate) type CommandResult = Result<Outcome, Failure>;
+
+/// Options of every command that runs programs.
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct EngineArgs {
+    /// The PJRT plugin's file [default: found or fetched; environment LAPIDARY_PJRT_PLUGIN].
+    #[arg(long, value_name = "FILE", help_heading = "Engine")]
+    plugin: Option<PathBuf>,
+    /// Compile every program anew instead of looking into the cache.
+    #[arg(long, help_heading = "Engine")]
+    no_cache: bool,
+    /// Never download the plugin [environment LAPIDARY_OFFLINE=1].
+    #[arg(long, help_heading = "Engine")]
+    offline: bool,
+}
+
+impl EngineArgs {
+    /// Starts the engine, and says so where it takes time.
+    pub(crate) fn start(&self, ui: &Ui) -> Result<Runtime, Failure> {
+        let offline = self.offline || std::env::var_os("LAPIDARY_OFFLINE").is_some_and(|v| v != "0" && !v.is_empty());
+        let progress = |step: &str| ui.say(step);
+        Ok(Runtime::start(&RuntimeOptions {
+            plugin: self.plugin.clone(),
+            offline,
+            no_cache: self.no_cache,
+            progress: Some(&progress),
+            ..RuntimeOptions::default()
+        })?)
+    }
+}
