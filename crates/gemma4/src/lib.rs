@@ -18,6 +18,7 @@ pub mod arch;
 mod attention;
 pub mod decoder;
 pub mod flops;
+mod from_config;
 pub mod hf;
 mod nn;
 pub mod params;
