@@ -18,7 +18,7 @@ use crate::{EngineError, Result};
 const PIECE: usize = 1 << 20;
 
 /// Standard deviation of a unit normal truncated at two: what a draw is divided by to have the standard deviation asked for.
-const TRUNCATED_STD: f32 = 0.879_625_66;
+const TRUNCATED_STD: f32 = 0.879_625_7;
 
 /// What to write.
 #[derive(Debug, Clone)]

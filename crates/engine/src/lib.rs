@@ -9,6 +9,7 @@ pub mod golden;
 pub mod init;
 pub mod known;
 pub mod model;
+pub mod peak;
 pub mod rng;
 pub mod runtime;
 pub mod verify;
