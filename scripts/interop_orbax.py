@@ -18,8 +18,7 @@ The exit code is 0 only if all of it holds.
 
 `samples DIR` writes the tiny checkpoints that the Rust tests keep (crates/checkpoint/tests/orbax/samples).
 
-No expected values are stored anywhere: element i of the array NAME is (7 i + sum of the bytes of NAME) mod 251 - 125,
-which every element type can hold exactly (unsigned types hold it plus 125, booleans whether it is odd).
+No expected values are stored anywhere: they follow from the name of the array, see `pattern`.
 """
 
 import argparse
@@ -44,10 +43,16 @@ jax.config.update("jax_enable_x64", True)
 
 
 def pattern(name, shape, dtype):
-    """The values that the array of this name must have."""
+    """The values that the array of this name must have.
+
+    Element i is v - 125 for a hash v < 251 of i and the sum of the name's bytes: every element type holds it exactly, and it
+    hardly compresses. Unsigned types hold v, booleans whether it is odd.
+    """
     dtype = np.dtype(dtype)
-    n = int(np.prod(shape, dtype=np.int64))
-    v = (np.arange(n, dtype=np.int64) * 7 + sum(name.encode())) % 251
+    x = np.arange(int(np.prod(shape, dtype=np.int64)), dtype=np.uint64)
+    x = (x * np.uint64(2654435761) + np.uint64(sum(name.encode()) * 40503)) & np.uint64(0xFFFFFFFF)
+    x = ((x ^ (x >> np.uint64(15))) * np.uint64(2246822519)) & np.uint64(0xFFFFFFFF)
+    v = ((x ^ (x >> np.uint64(13))) % np.uint64(251)).astype(np.int64)
     if dtype == np.bool_:
         v = v % 2
     elif dtype.kind != "u":
@@ -191,6 +196,53 @@ def write_stores(root):
     return made
 
 
+def write_codecs(root):
+    """Arrays in encodings that the underlying library knows and Orbax does not use today."""
+    import tensorstore as ts
+
+    little, big, crc = {"name": "bytes", "configuration": {"endian": "little"}}, {"name": "bytes", "configuration": {"endian": "big"}}, {"name": "crc32c"}
+    zstd = {"name": "zstd", "configuration": {"level": 1, "checksum": False}}
+
+    def transpose(*order):
+        return {"name": "transpose", "configuration": {"order": list(order)}}
+
+    def shard(shape, codecs, **more):
+        return {"name": "sharding_indexed", "configuration": {"chunk_shape": shape, "codecs": codecs, "index_codecs": [little, crc], **more}}
+
+    v3 = {
+        "shard": [shard([4, 3], [little])],
+        "shard_checked": [shard([4, 3], [big, crc], index_location="start")],
+        "shard_turned": [transpose(1, 0), shard([6, 4], [transpose(1, 0), little, zstd])],
+        "shard_nested": [shard([4, 6], [shard([2, 3], [little, crc])])],
+        "big": [big],
+        "turned": [transpose(1, 0), little, crc],
+        "turned_packed": [transpose(1, 0), big, zstd, crc],
+        "checked_packed": [little, crc, zstd],
+    }
+    path = pathlib.Path(root).absolute()
+
+    def write(name, driver, metadata, part=None):
+        spec = {"driver": driver, "kvstore": f"file://{path}/params.{name}/", "metadata": metadata, "store_data_equal_to_fill_value": True}
+        array = ts.open(spec, create=True).result()
+        value = pattern(name, (13, 10), array.dtype.numpy_dtype)
+        if part:
+            array[part].write(value[part]).result()
+        else:
+            array.write(value).result()
+
+    def v3_metadata(codecs, dtype="float32"):
+        grid = {"name": "regular", "configuration": {"chunk_shape": [8, 12]}}
+        return {"shape": [13, 10], "chunk_grid": grid, "chunk_key_encoding": {"name": "default"}, "data_type": dtype, "codecs": codecs}
+
+    for name, codecs in v3.items():
+        write(name, "zarr3", v3_metadata(codecs))
+    write("partial", "zarr3", v3_metadata([shard([4, 3], [little])]), part=(slice(0, 13), slice(0, 6)))
+    write("zipped", "zarr3", v3_metadata([little, {"name": "gzip", "configuration": {"level": 1}}]))
+    for name, dtype, order, compressor in [("old_f", ">f4", "F", None), ("old_packed", ">i2", "C", {"id": "zstd", "level": 1})]:
+        write(name, "zarr", {"shape": [13, 10], "chunks": [5, 6], "dtype": dtype, "order": order, "compressor": compressor})
+    write("old_blosc", "zarr", {"shape": [13, 10], "chunks": [5, 6], "dtype": "<f4", "compressor": {"id": "blosc"}})
+
+
 def equal(found, name):
     found = np.asarray(found)
     want = pattern(name, found.shape, found.dtype)
@@ -251,6 +303,7 @@ def main():
         shutil.rmtree(neutral, ignore_errors=True)
         write_samples(neutral)
         write_stores(neutral / "stores")
+        write_codecs(neutral / "codecs")
         shutil.copytree(neutral, args.dir)
         shutil.rmtree(neutral)
         return 0

@@ -45,18 +45,8 @@ pub(super) fn visit<E: From<ChunkError>>(
         }
         ArrayBytes::Sharding(s) => s,
     };
-    let decompressed;
-    let shard = match decode(&chain.bytes, bytes, None, true)? {
-        Decoded::Raw(b) => b,
-        Decoded::Zstd(z) => {
-            // A shard is its chunks and their index; twice the plain size is room for any overhead.
-            let plain = shape.iter().product::<usize>().saturating_mul(of.dtype.size());
-            decompressed = z.read_all(plain.saturating_mul(2).saturating_add(1 << 20))?;
-            &decompressed
-        }
-    };
     let grid = sharding.grid(&shape);
-    let places = sharding.index(&shape, shard)?;
+    let places = sharding.index(&shape, bytes)?;
     let mut index = vec![0; grid.len()];
     for (number, place) in places.into_iter().enumerate() {
         let mut start = origin.clone();
@@ -69,7 +59,7 @@ pub(super) fn visit<E: From<ChunkError>>(
         if region.intersection(want).is_some() || want.shape.is_empty() {
             let Some((offset, length)) = place else { return Err(ChunkError::Missing(index).into()) };
             // The index was checked against the size of the shard.
-            let bytes = &shard[offset as usize..(offset + length) as usize];
+            let bytes = &bytes[offset as usize..(offset + length) as usize];
             let leaf = Leaf {
                 origin: start,
                 order: order.clone(),
@@ -161,7 +151,7 @@ impl Leaf<'_> {
         if !self.in_order() || self.swapped(of) || self.region(of).shape != self.shape {
             return Ok(None);
         }
-        match decode(self.codecs, self.bytes, Some(self.wanted(of)), verify)? {
+        match decode(self.codecs, self.bytes, self.wanted(of), verify)? {
             Decoded::Raw(b) => Ok(Some(b)),
             Decoded::Zstd(_) => Ok(None),
         }
@@ -176,7 +166,7 @@ impl Leaf<'_> {
     pub(super) fn copy_into(&self, of: Of<'_>, want: &Region, out: &mut [u8], verify: bool) -> Result<(), ChunkError> {
         let size = of.dtype.size();
         if !self.swapped(of)
-            && let Decoded::Raw(b) = decode(self.codecs, self.bytes, Some(self.wanted(of)), verify)?
+            && let Decoded::Raw(b) = decode(self.codecs, self.bytes, self.wanted(of), verify)?
         {
             if let Some(part) = intersect(&self.region(of), want) {
                 let to = Layout::dense(&want.shape, &minus(&part.origin, &want.origin));
@@ -206,7 +196,7 @@ impl Leaf<'_> {
         let size = of.dtype.size();
         let wanted = self.wanted(of);
         let max = (max / size).max(1);
-        match decode(self.codecs, self.bytes, Some(wanted), verify)? {
+        match decode(self.codecs, self.bytes, wanted, verify)? {
             Decoded::Raw(raw) if self.in_order() && !self.swapped(of) => {
                 let mut scratch = Vec::new();
                 let mut at = 0;

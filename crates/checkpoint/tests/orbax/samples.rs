@@ -134,3 +134,74 @@ fn generic_stores() {
     }
     assert!(Store::open(&sample("stores/deep")).unwrap().height() >= 2);
 }
+
+#[test]
+fn encodings_that_orbax_does_not_use() {
+    let dir = sample("codecs");
+    // Arrays that must not be read make the whole directory unreadable: each is tried alone.
+    let tmp = tempfile::tempdir().unwrap();
+    let mut read = 0;
+    for entry in fs_err::read_dir(&dir).unwrap() {
+        let entry = entry.unwrap();
+        let stored = entry.file_name().into_string().unwrap();
+        let name = stored.strip_prefix("params.").unwrap();
+        let alone = tmp.path().join(name);
+        fs_err::create_dir(&alone).unwrap();
+        std::os::unix::fs::symlink(entry.path(), alone.join(&stored)).unwrap();
+        let refused = |what: &str| {
+            let e = OrbaxCheckpoint::open(&alone).unwrap_err().to_string();
+            assert!(e.contains(what) && e.contains(&stored), "{e}");
+        };
+        match name {
+            "zipped" => refused("gzip"),
+            "old_blosc" => refused("blosc"),
+            "partial" => {
+                let ckpt = OrbaxCheckpoint::open(&alone).unwrap();
+                let mut part = vec![0; 13 * 6 * 4];
+                let region = Region { origin: vec![0, 0], shape: vec![13, 6] };
+                ckpt.read_region(&stored, &region, &mut part).unwrap();
+                let e = ckpt.read_array(&stored).unwrap_err();
+                assert!(matches!(e, OrbaxError::MissingChunk { .. }), "{e}");
+                assert!(e.to_string().contains("c/0/0 (inner [0, 2])"), "{e}");
+            }
+            _ => {
+                let a = check_all(&alone, &stored, name);
+                assert_eq!(a, 1);
+                read += 1;
+            }
+        }
+    }
+    assert_eq!(read, 10);
+}
+
+/// Reads every box of an array that starts at a few places, and all of it in pieces.
+fn check_all(dir: &Path, stored: &str, name: &str) -> usize {
+    let ckpt = OrbaxCheckpoint::open(dir).unwrap();
+    let a = ckpt.array(stored).unwrap();
+    let want = pattern(name, a.dtype, &a.shape);
+    let size = a.dtype.size();
+    assert_eq!(ckpt.read_array(stored).unwrap().bytes(), want.bytes(), "{name} ({})", a.format);
+    for max in [1, 24, 100, 1 << 20] {
+        let mut assembled = vec![0xEE; want.bytes().len()];
+        ckpt.for_each_piece(stored, max, |region: &Region, bytes: &[u8]| {
+            scatter(&mut assembled, &a.shape, region, bytes, size);
+            Ok::<(), OrbaxError>(())
+        })
+        .unwrap();
+        assert_eq!(assembled, want.bytes(), "{name} in pieces of {max}");
+    }
+    for (r, c) in [(0, 0), (3, 2), (7, 5), (12, 9)] {
+        for (h, w) in [(1, 1), (4, 3), (13 - r, 10 - c)] {
+            let region = Region { origin: vec![r, c], shape: vec![h.min(13 - r), w.min(10 - c)] };
+            let mut got = vec![0; region.elements() * size];
+            ckpt.read_region(stored, &region, &mut got).unwrap();
+            for i in 0..region.shape[0] {
+                let at = ((r + i) * 10 + c) * size;
+                let n = region.shape[1] * size;
+                assert_eq!(got[i * n..(i + 1) * n], want.bytes()[at..at + n], "{name} {region}");
+            }
+        }
+    }
+    ckpt.verify_array(stored).unwrap();
+    ckpt.arrays().len()
+}

@@ -264,7 +264,7 @@ fn strip_checksum(bytes: &[u8], verify: bool) -> Result<&[u8], ChunkError> {
     Ok(body)
 }
 
-/// A chunk's elements (or a shard) as bytes: where they lie already, or a stream that decompresses them.
+/// A chunk's elements as bytes: where they lie already, or a stream that decompresses them.
 pub(in crate::orbax) enum Decoded<'a> {
     /// In place.
     Raw(&'a [u8]),
@@ -272,12 +272,11 @@ pub(in crate::orbax) enum Decoded<'a> {
     Zstd(ZstdStream<'a>),
 }
 
-/// Undoes all codecs but compression, which is left to the caller to do in pieces. `wanted` is the decoded size, known
-/// except for shards. `verify` tells whether trailing checksums of uncompressed bytes are computed.
+/// Undoes all codecs but compression, which is left to the caller to do in pieces. `wanted` is the decoded size. `verify` tells whether trailing checksums of uncompressed bytes are computed.
 pub(in crate::orbax) fn decode<'a>(
     codecs: &[BytesCodec],
     stored: &'a [u8],
-    wanted: Option<usize>,
+    wanted: usize,
     verify: bool,
 ) -> Result<Decoded<'a>, ChunkError> {
     let mut bytes = stored;
@@ -287,13 +286,12 @@ pub(in crate::orbax) fn decode<'a>(
             BytesCodec::Zstd { .. } => {
                 // Only checksums can be left: two compressors are refused.
                 let inner = i * 4;
-                let size = wanted.map(|n| n + inner);
-                return Ok(Decoded::Zstd(ZstdStream::new(bytes, size, inner)?));
+                return Ok(Decoded::Zstd(ZstdStream::new(bytes, wanted + inner, inner)?));
             }
         }
     }
-    if let Some(n) = wanted.filter(|&n| n != bytes.len()) {
-        return Err(ChunkError::Size { wanted: n as u64, found: bytes.len() as u64 });
+    if wanted != bytes.len() {
+        return Err(ChunkError::Size { wanted: wanted as u64, found: bytes.len() as u64 });
     }
     Ok(Decoded::Raw(bytes))
 }
@@ -301,29 +299,23 @@ pub(in crate::orbax) fn decode<'a>(
 /// Decompresses a chunk front to back.
 pub(in crate::orbax) struct ZstdStream<'a> {
     decoder: zstd::stream::read::Decoder<'static, &'a [u8]>,
-    left: Option<usize>,
     inner: usize,
     crc: u32,
 }
 
 impl<'a> ZstdStream<'a> {
-    fn new(bytes: &'a [u8], size: Option<usize>, inner: usize) -> Result<Self, ChunkError> {
-        if let Some(wanted) = size {
-            let stored = bytes.len() as u64;
-            if wanted as u64 > stored.saturating_mul(ZSTD_MAX_RATIO) {
-                return Err(ChunkError::Ratio { stored, wanted: wanted as u64 });
-            }
+    fn new(bytes: &'a [u8], size: usize, inner: usize) -> Result<Self, ChunkError> {
+        let (stored, wanted) = (bytes.len() as u64, size as u64);
+        if wanted > stored.saturating_mul(ZSTD_MAX_RATIO) {
+            return Err(ChunkError::Ratio { stored, wanted });
         }
         let decoder = zstd::stream::read::Decoder::with_buffer(bytes).map_err(|e| ChunkError::Zstd(e.to_string()))?;
-        Ok(ZstdStream { decoder, left: size, inner, crc: 0 })
+        Ok(ZstdStream { decoder, inner, crc: 0 })
     }
 
     /// Fills `out` with the next bytes.
     pub(in crate::orbax) fn fill(&mut self, out: &mut [u8]) -> Result<(), ChunkError> {
         self.decoder.read_exact(out).map_err(|e| ChunkError::Zstd(e.to_string()))?;
-        if let Some(left) = &mut self.left {
-            *left = left.saturating_sub(out.len());
-        }
         if self.inner > 0 {
             self.crc = crc32c::crc32c_append(self.crc, out);
         }
@@ -348,20 +340,6 @@ impl<'a> ZstdStream<'a> {
             Err(e) => Err(ChunkError::Zstd(e.to_string())),
         }
     }
-
-    /// Everything, for shards whose size is not known in advance.
-    pub(in crate::orbax) fn read_all(mut self, limit: usize) -> Result<Vec<u8>, ChunkError> {
-        let mut out = Vec::new();
-        let error = |e: std::io::Error| ChunkError::Zstd(e.to_string());
-        self.decoder.by_ref().take(limit as u64 + 1).read_to_end(&mut out).map_err(error)?;
-        if out.len() > limit {
-            return Err(ChunkError::Size { wanted: limit as u64, found: out.len() as u64 });
-        }
-        let codecs = vec![BytesCodec::Crc32c; self.inner / 4];
-        let n = strip_checksums(&codecs, &out)?.len();
-        out.truncate(n);
-        Ok(out)
-    }
 }
 
 #[cfg(test)]
@@ -371,7 +349,7 @@ mod tests {
     use super::*;
 
     fn decode_all<'a>(codecs: &[BytesCodec], stored: &'a [u8], wanted: usize) -> Result<Cow<'a, [u8]>, ChunkError> {
-        match decode(codecs, stored, Some(wanted), true)? {
+        match decode(codecs, stored, wanted, true)? {
             Decoded::Raw(b) => Ok(Cow::Borrowed(b)),
             Decoded::Zstd(mut z) => {
                 let mut out = vec![0; wanted];

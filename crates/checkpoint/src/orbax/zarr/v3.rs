@@ -119,6 +119,10 @@ fn chain(v: &Value, key: &'static str, depth: usize) -> Result<Chain, ZarrError>
     if bytes.iter().filter(|c| matches!(c, BytesCodec::Zstd { .. })).count() > 1 {
         return Err(ZarrError::Unsupported { what: "codec sequence", name: "zstd twice".into() });
     }
+    if matches!(array, ArrayBytes::Sharding(_)) && !bytes.is_empty() {
+        // Nobody could read a part of it, which is what sharding is for.
+        return Err(ZarrError::Unsupported { what: "codec sequence", name: "a codec around shards".into() });
+    }
     Ok(Chain { order, array, bytes })
 }
 
@@ -275,6 +279,7 @@ mod tests {
         refuse(&|v| v["storage_transformers"] = json!([{"name": "x"}]), "storage_transformers");
         refuse(&|v| v["codecs"] = json!(["bytes", "zstd", "zstd"]), "zstd twice");
         refuse(&|v| v["codecs"] = json!(["crc32c", "bytes"]), "out of place");
+        refuse(&|v| v["codecs"].as_array_mut().unwrap().push(json!("crc32c")), "around shards");
         refuse(&|v| v["codecs"] = json!([]), "no codec");
         let mut v = base();
         v["future"] = json!({"must_understand": false});
