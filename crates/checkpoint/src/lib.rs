@@ -10,12 +10,14 @@
 //! | [`commit`] | output that appears complete or not at all |
 //! | [`manifest`] | checksums of every file of a directory |
 //! | [`orbax`] | the trees that MaxText reads and writes |
+//! | [`copy`] | one streaming engine between all of these |
 //!
 //! **Invariant:** this crate knows bytes on disk. It knows no model: names, prefixes and the rules for tensors that may
 //! be left over come in as data. It depends on `tensor` alone.
 
 pub mod binding;
 pub mod commit;
+pub mod copy;
 pub mod hf;
 pub mod manifest;
 pub mod mmap;

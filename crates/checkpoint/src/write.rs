@@ -373,7 +373,7 @@ pub fn write_hf(
     Ok(manifest)
 }
 
-fn check_extra_files(files: &[(String, Vec<u8>)], taken: &HashSet<&str>) -> Result<(), WriteError> {
+pub(crate) fn check_extra_files(files: &[(String, Vec<u8>)], taken: &HashSet<&str>) -> Result<(), WriteError> {
     let mut seen = HashSet::new();
     for (name, _) in files {
         let plain = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0']);
