@@ -57,15 +57,18 @@ impl Checksums {
         Err(OrbaxError::Changed { path, why, record: self.record.clone() })
     }
 
-    /// Checks every recorded file for which `pick` says so.
+    /// Checks every recorded file: its size, and its bytes too if `pick` says so.
     pub(super) fn check_files(&self, items: &Path, pick: impl Fn(&str) -> bool) -> Result<(), OrbaxError> {
-        for path in self.files.keys().filter(|p| pick(p)) {
-            match fs::read(items.join(path)) {
-                Ok(bytes) => self.check(path, &bytes)?,
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                    let record = self.record.clone();
-                    return Err(OrbaxError::Changed { path: items.join(path), why: "it is gone".into(), record });
+        for (path, &(size, _)) in &self.files {
+            let full = items.join(path);
+            let changed = |why| OrbaxError::Changed { path: full.clone(), why, record: self.record.clone() };
+            match fs::metadata(&full) {
+                Ok(m) if m.len() != size => {
+                    return Err(changed(format!("it has {} bytes, {size} were recorded", m.len())));
                 }
+                Ok(_) if pick(path) => self.check(path, &fs::read(&full)?)?,
+                Ok(_) => {}
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Err(changed("it is gone".to_owned())),
                 Err(e) => return Err(e.into()),
             }
         }

@@ -30,7 +30,6 @@ pub(super) struct Of<'a> {
 pub(super) fn visit<E: From<ChunkError>>(
     chain: &Chain,
     chunk: Leaf<'_>,
-    of: Of<'_>,
     want: &Region,
     f: &mut impl FnMut(&Leaf<'_>) -> Result<(), E>,
 ) -> Result<(), E> {
@@ -69,7 +68,7 @@ pub(super) fn visit<E: From<ChunkError>>(
                 bytes,
                 inner: inner.saturating_mul(grid.iter().product::<usize>().max(1)).saturating_add(number),
             };
-            visit(&sharding.codecs, leaf, of, want, f)?;
+            visit(&sharding.codecs, leaf, want, f)?;
         }
         advance(&mut index, &grid);
     }

@@ -489,7 +489,7 @@ impl OrbaxCheckpoint {
             bytes: blob,
             inner: 0,
         };
-        visit(&meta.codecs, outer, of, want, &mut |leaf: &Leaf<'_>| {
+        visit(&meta.codecs, outer, want, &mut |leaf: &Leaf<'_>| {
             let id = (number, leaf.inner);
             let known = stored.verified.lock().unwrap_or_else(PoisonError::into_inner).contains(&id);
             f(leaf, of, !known)?;

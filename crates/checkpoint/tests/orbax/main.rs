@@ -3,6 +3,7 @@
 // Helpers outside of test functions unwrap too.
 #![allow(clippy::unwrap_used)]
 
+mod damage;
 mod pattern;
 mod round;
 mod samples;
