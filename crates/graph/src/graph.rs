@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use tensor::{DType, Shape};
 
 use crate::infer::infer;
-use crate::op::{Body, Node, Op, TensorType, ValueId, ValueInfo};
+use crate::op::{Body, CustomVjp, Node, Op, Remat, Scan, TensorType, ValueId, ValueInfo};
 use crate::program::{InputSpec, OutputSpec, Program};
 use crate::sharding::{Mesh, Sharding};
 use crate::{GraphError, Problem};
@@ -64,6 +64,8 @@ struct Inner {
     outputs: Vec<OutputSpec>,
     mesh: Option<Mesh>,
     scopes: Vec<Arc<str>>,
+    /// The source line that everything is ascribed to, instead of the caller: that of the op being differentiated.
+    location: Option<&'static Location<'static>>,
 }
 
 /// Labels what is built while it lives; see [`Graph::scope`].
@@ -100,17 +102,23 @@ impl Graph {
     /// An empty program. The name becomes the module's name, reduced to letters, digits and underscores.
     #[must_use]
     pub fn new(name: &str) -> Self {
-        Self::with_scope(name, false, None)
+        Self::with_scope(name, false, None, None)
     }
 
     /// An empty body of a structured op, in the scope of its parent.
     pub(crate) fn nested_in(parent: &Graph, name: &str) -> Self {
         let path = parent.scope_path();
         let path = if path.is_empty() { name.to_owned() } else { format!("{path}/{name}") };
-        Self::with_scope(name, true, Some(path.into()))
+        let location = parent.inner.borrow().location;
+        Self::with_scope(name, true, Some(path.into()), location)
     }
 
-    fn with_scope(name: &str, nested: bool, scope: Option<Arc<str>>) -> Self {
+    fn with_scope(
+        name: &str,
+        nested: bool,
+        scope: Option<Arc<str>>,
+        location: Option<&'static Location<'static>>,
+    ) -> Self {
         Graph {
             id: next_id(),
             nested,
@@ -121,6 +129,7 @@ impl Graph {
                 outputs: Vec::new(),
                 mesh: None,
                 scopes: scope.into_iter().collect(),
+                location,
             }),
         }
     }
@@ -131,6 +140,21 @@ impl Graph {
         let path = if path.is_empty() { label.to_owned() } else { format!("{path}/{label}") };
         self.inner.borrow_mut().scopes.push(path.into());
         Scope { graph: self }
+    }
+
+    /// Runs `f` with everything it builds ascribed to this scope path and source line.
+    pub(crate) fn ascribed<T>(
+        &self,
+        scope: Arc<str>,
+        location: &'static Location<'static>,
+        f: impl FnOnce() -> T,
+    ) -> T {
+        self.inner.borrow_mut().scopes.push(scope);
+        let _scope = Scope { graph: self };
+        let before = self.inner.borrow_mut().location.replace(location);
+        let result = f();
+        self.inner.borrow_mut().location = before;
+        result
     }
 
     pub(crate) fn scope_path(&self) -> Arc<str> {
@@ -310,23 +334,52 @@ impl Graph {
         let results = infer(&op, &refs).map_err(|p| self.error_at(at, op.name(), inputs, p))?;
         let scope = self.scope_path();
         let mut i = self.inner.borrow_mut();
+        let at = i.location.unwrap_or(at);
         let first = i.body.values.len() as u32;
         let node = i.body.nodes.len() as u32;
         let sharding = match &op {
             Op::ShardingConstraint(s) => Some(s.clone()),
             _ => None,
         };
-        let n = results.len();
+        let outputs: Vec<ValueId> = (first..first + results.len() as u32).map(ValueId).collect();
         i.body.values.extend(results.into_iter().map(|ty| ValueInfo { ty, node, sharding: sharding.clone() }));
         i.body.nodes.push(Node {
             op,
             inputs: inputs.iter().map(|v| v.id).collect(),
-            first: ValueId(first),
-            results: n,
+            outputs: outputs.clone(),
             location: at,
             scope,
         });
-        Ok((0..n as u32).map(|k| Value { graph: self.id, id: ValueId(first + k) }).collect())
+        Ok(outputs.into_iter().map(|id| Value { graph: self.id, id }).collect())
+    }
+
+    /// Puts an op in place of that of a node. It must give the same results and may give more behind them, which are returned.
+    pub(crate) fn extend_node(&self, node: usize, op: Op) -> Result<Vec<Value>, GraphError> {
+        let mut i = self.inner.borrow_mut();
+        let body = &mut i.body;
+        let old = &body.nodes[node];
+        let types: Vec<TensorType> = old.inputs.iter().map(|&v| body.ty(v).clone()).collect();
+        let refs: Vec<&TensorType> = types.iter().collect();
+        let fail = |p| GraphError::new(op.name(), types.clone(), p, old.location, &old.scope);
+        let results = infer(&op, &refs).map_err(fail)?;
+        let known = old.outputs.len();
+        if results.len() < known || old.outputs.iter().zip(&results).any(|(&v, ty)| body.ty(v) != ty) {
+            return Err(fail(Problem::Attribute("the results of a node must stay what they are".into())));
+        }
+        let mut added = Vec::new();
+        for ty in results.into_iter().skip(known) {
+            let id = ValueId(body.values.len() as u32);
+            body.values.push(ValueInfo { ty, node: node as u32, sharding: None });
+            body.nodes[node].outputs.push(id);
+            added.push(Value { graph: self.id, id });
+        }
+        body.nodes[node].op = op;
+        Ok(added)
+    }
+
+    /// The handle of a value of this graph.
+    pub(crate) fn value(&self, id: ValueId) -> Value {
+        Value { graph: self.id, id }
     }
 
     /// Appends an op of one result.
@@ -362,6 +415,7 @@ impl Graph {
         problem: Problem,
     ) -> GraphError {
         let types = inputs.iter().filter(|v| v.graph == self.id).map(|&v| self.ty(v)).collect();
+        let location = self.inner.borrow().location.unwrap_or(location);
         GraphError::new(op, types, problem, location, &self.scope_path())
     }
 
@@ -417,12 +471,14 @@ fn check_constraints(body: &Body, mesh: &Mesh) -> Result<(), GraphError> {
     for node in &body.nodes {
         match &node.op {
             Op::ShardingConstraint(s) => {
-                let ty = body.ty(node.first);
+                let ty = body.ty(node.outputs[0]);
                 s.shard_shape(mesh, &ty.shape).map_err(|m| {
                     GraphError::new(node.op.name(), vec![ty.clone()], Problem::Attribute(m), node.location, &node.scope)
                 })?;
             }
-            Op::Scan(scan) => check_constraints(&scan.body, mesh)?,
+            Op::Scan(Scan { body: inner, .. })
+            | Op::Remat(Remat { body: inner })
+            | Op::CustomVjp(CustomVjp { forward: inner, .. }) => check_constraints(inner, mesh)?,
             _ => {}
         }
     }

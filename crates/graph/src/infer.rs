@@ -4,7 +4,7 @@
 use tensor::{DType, Shape};
 
 use crate::Problem;
-use crate::op::{BinaryOp, Body, Compare, DotDims, Op, ReduceKind, Scan, TensorType, UnaryOp};
+use crate::op::{BinaryOp, Body, Compare, CustomVjp, DotDims, Op, ReduceKind, Scan, TensorType, UnaryOp};
 
 type Result<T> = std::result::Result<T, Problem>;
 
@@ -243,7 +243,50 @@ pub(crate) fn infer(op: &Op, xs: &[&TensorType]) -> Result<Vec<TensorType>> {
             Ok(c.results.clone())
         }
         Op::Scan(s) => scan(xs, s),
+        Op::Remat(r) => call(xs, &r.body),
+        Op::CustomVjp(c) => custom_vjp(xs, c),
     }
+}
+
+/// A body on the operands as they are.
+fn call(xs: &[&TensorType], body: &Body) -> Result<Vec<TensorType>> {
+    arity(xs, body.inputs.len())?;
+    for (i, (x, &v)) in xs.iter().zip(&body.inputs).enumerate() {
+        if body.ty(v) != *x {
+            return bad(format!("body input {i} is {}, the operand is {x}", body.ty(v)));
+        }
+    }
+    if body.outputs.is_empty() {
+        return bad("the body returns nothing");
+    }
+    Ok(body.outputs.iter().map(|&v| body.ty(v).clone()).collect())
+}
+
+fn custom_vjp(xs: &[&TensorType], c: &CustomVjp) -> Result<Vec<TensorType>> {
+    let results = call(xs, &c.forward)?;
+    if c.visible == 0 || c.visible > results.len() {
+        return bad(format!("{} of {} results are visible", c.visible, results.len()));
+    }
+    let (visible, residuals) = results.split_at(c.visible);
+    if let Some(i) = visible.iter().position(|t| !t.dtype.is_float()) {
+        return bad(format!("result {i} is {}: only floats have gradients", visible[i]));
+    }
+    let given: Vec<&TensorType> = xs.iter().copied().chain(residuals).chain(visible).collect();
+    let back: Vec<&TensorType> = c.backward.inputs.iter().map(|&v| c.backward.ty(v)).collect();
+    if given != back {
+        return bad("the gradient must take the operands, the residuals and one cotangent for each result");
+    }
+    arity(xs, c.gradients.len())?;
+    for (i, (x, at)) in xs.iter().zip(&c.gradients).enumerate() {
+        let Some(at) = *at else { continue };
+        let Some(&v) = c.backward.outputs.get(at) else {
+            return bad(format!("there is no gradient {at} for operand {i}"));
+        };
+        if c.backward.ty(v) != *x || !x.dtype.is_float() {
+            return bad(format!("the gradient of operand {i} is {}, the operand is {x}", c.backward.ty(v)));
+        }
+    }
+    Ok(results)
 }
 
 fn is_symbol(s: &str) -> bool {

@@ -217,6 +217,28 @@ pub struct Scan {
     pub body: Arc<Body>,
 }
 
+/// A body that runs as it is, but of which differentiation keeps only the operands: the gradient runs it again.
+#[derive(Debug, Clone)]
+pub struct Remat {
+    /// What is computed: one input per operand, one output per result.
+    pub body: Arc<Body>,
+}
+
+/// A body with a gradient of its own.
+///
+/// Results are those of `forward`: first the values the caller sees, then residuals that only `backward` reads.
+#[derive(Debug, Clone)]
+pub struct CustomVjp {
+    /// What is computed: one input per operand.
+    pub forward: Arc<Body>,
+    /// How many of the results the caller sees; the others are residuals.
+    pub visible: usize,
+    /// The gradient. Inputs: operands, residuals, one cotangent for each visible result. Outputs: gradients.
+    pub backward: Arc<Body>,
+    /// For every operand, which output of `backward` is its gradient.
+    pub gradients: Vec<Option<usize>>,
+}
+
 /// An operation. Result types follow from the operation and its operand types alone.
 #[derive(Debug, Clone)]
 pub enum Op {
@@ -323,6 +345,10 @@ pub enum Op {
     CustomCall(CustomCall),
     /// A loop with its own body.
     Scan(Scan),
+    /// A body that the gradient computes again.
+    Remat(Remat),
+    /// A body with a gradient of its own.
+    CustomVjp(CustomVjp),
 }
 
 impl Op {
@@ -357,11 +383,14 @@ impl Op {
             Op::ShardingConstraint(_) => "sharding_constraint",
             Op::CustomCall(_) => "custom_call",
             Op::Scan(_) => "scan",
+            Op::Remat(_) => "remat",
+            Op::CustomVjp(_) => "custom_vjp",
         }
     }
 }
 
-/// The position of a value in its body: values are numbered in the order they were built.
+/// The position of a value in its body: values are numbered in the order they were built, but for the results that
+/// differentiation adds to a scan later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ValueId(pub(crate) u32);
 
@@ -378,8 +407,7 @@ impl ValueId {
 pub struct Node {
     pub(crate) op: Op,
     pub(crate) inputs: Vec<ValueId>,
-    pub(crate) first: ValueId,
-    pub(crate) results: usize,
+    pub(crate) outputs: Vec<ValueId>,
     pub(crate) location: &'static Location<'static>,
     pub(crate) scope: Arc<str>,
 }
@@ -397,10 +425,9 @@ impl Node {
         &self.inputs
     }
 
-    /// The results, numbered consecutively.
-    pub fn outputs(&self) -> impl ExactSizeIterator<Item = ValueId> + use<> {
-        let first = self.first.0;
-        (0..self.results).map(move |i| ValueId(first + i as u32))
+    /// The results.
+    pub fn outputs(&self) -> impl ExactSizeIterator<Item = ValueId> + '_ {
+        self.outputs.iter().copied()
     }
 
     /// The source line that built it.
@@ -487,8 +514,13 @@ impl Body {
     /// For every node, whether an output depends on it.
     #[must_use]
     pub fn live(&self) -> Vec<bool> {
+        self.live_for(&self.outputs)
+    }
+
+    /// For every node, whether one of these values depends on it.
+    pub(crate) fn live_for(&self, roots: &[ValueId]) -> Vec<bool> {
         let mut live = vec![false; self.nodes.len()];
-        for v in &self.outputs {
+        for v in roots {
             live[self.values[v.index()].node()] = true;
         }
         for i in (0..self.nodes.len()).rev() {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::infer::unstacked;
-use crate::op::{CustomCall, Op, Scan, TensorType};
+use crate::op::{CustomCall, CustomVjp, Op, Remat, Scan, TensorType};
 use crate::{Graph, GraphError, Problem, Sharding, Value};
 
 type Result<T> = std::result::Result<T, GraphError>;
@@ -85,6 +85,87 @@ impl Graph {
         body: impl FnOnce(&Graph, &[Value], &[Value], &[Value]) -> Result<CarryAndYs>,
     ) -> Result<CarryAndYs> {
         self.scan_with(length, true, carry, xs, consts, body)
+    }
+
+    /// Computes `body`, of which a gradient keeps only `inputs`: it computes the body again, behind a barrier that waits for
+    /// the incoming cotangent. Trades time for memory.
+    ///
+    /// The body builds into its own graph: it may use its arguments, but no value from outside.
+    ///
+    /// # Errors
+    /// When the body fails or returns nothing.
+    #[track_caller]
+    pub fn remat(
+        &self,
+        inputs: &[Value],
+        body: impl FnOnce(&Graph, &[Value]) -> Result<Vec<Value>>,
+    ) -> Result<Vec<Value>> {
+        self.check_foreign("remat", inputs)?;
+        let g = Graph::nested_in(self, "remat");
+        let arguments = g.arguments(inputs.iter().map(|&v| self.ty(v)))?;
+        let outputs = body(&g, &arguments)?;
+        g.check_foreign("remat", &outputs)?;
+        self.apply(Op::Remat(Remat { body: Arc::new(g.finish_body(&outputs)) }), inputs)
+    }
+
+    /// Computes `forward`, whose gradient is what `backward` says.
+    ///
+    /// `forward` returns the results, all floats, and residuals, which are kept for the gradient. `backward` gets the inputs,
+    /// the residuals and one cotangent of the type of each result (zeros where a result has no influence on the loss), and
+    /// returns for every input its gradient, of the type of the input, or none. Both build into graphs of their own: they may
+    /// use their arguments, but no value from outside.
+    ///
+    /// # Errors
+    /// When a body fails, there is no result, a result is no float, or gradients do not match the inputs.
+    #[track_caller]
+    pub fn custom_vjp(
+        &self,
+        inputs: &[Value],
+        forward: impl FnOnce(&Graph, &[Value]) -> Result<(Vec<Value>, Vec<Value>)>,
+        backward: impl FnOnce(&Graph, &[Value], &[Value], &[Value]) -> Result<Vec<Option<Value>>>,
+    ) -> Result<Vec<Value>> {
+        self.check_foreign("custom_vjp", inputs)?;
+        let types = |g: &Graph, vs: &[Value]| vs.iter().map(|&v| g.ty(v)).collect::<Vec<_>>();
+        let f = Graph::nested_in(self, "custom_vjp");
+        let operands = types(self, inputs);
+        let (results, residuals) = forward(&f, &f.arguments(operands.iter().cloned())?)?;
+        let outputs = [&results[..], &residuals].concat();
+        f.check_foreign("custom_vjp", &outputs)?;
+
+        let b = Graph::nested_in(self, "custom_vjp/grad");
+        let given = [operands, types(&f, &residuals), types(&f, &results)].concat();
+        let arguments = b.arguments(given.into_iter())?;
+        let (x, rest) = arguments.split_at(inputs.len());
+        let (kept, cotangents) = rest.split_at(residuals.len());
+        let gradients = backward(&b, x, kept, cotangents)?;
+        let present: Vec<Value> = gradients.iter().flatten().copied().collect();
+        b.check_foreign("custom_vjp", &present)?;
+        let mut places = 0..;
+        let op = CustomVjp {
+            forward: Arc::new(f.finish_body(&outputs)),
+            visible: results.len(),
+            backward: Arc::new(b.finish_body(&present)),
+            gradients: gradients.iter().map(|g| g.and_then(|_| places.next())).collect(),
+        };
+        let mut all = self.apply(Op::CustomVjp(op), inputs)?;
+        all.truncate(results.len());
+        Ok(all)
+    }
+
+    /// The same value, through which no gradient flows.
+    ///
+    /// # Errors
+    /// When the value is no float.
+    #[track_caller]
+    pub fn stop_gradient(&self, x: Value) -> Result<Value> {
+        let y = self.custom_vjp(&[x], |_, x| Ok((x.to_vec(), Vec::new())), |_, _, _, _| Ok(vec![None]))?;
+        Ok(y[0])
+    }
+
+    /// The inputs of a body, of these types.
+    #[track_caller]
+    pub(crate) fn arguments(&self, types: impl Iterator<Item = TensorType>) -> Result<Vec<Value>> {
+        types.enumerate().map(|(i, ty)| self.input(&i.to_string(), ty.dtype, ty.shape)).collect()
     }
 
     #[track_caller]

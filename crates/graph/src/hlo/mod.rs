@@ -121,6 +121,18 @@ impl Printer<'_> {
         }
     }
 
+    /// Prints the nodes of a body in place of the node that holds it.
+    fn inline(&mut self, node: &Node, inner: &Body, names: &mut Names) {
+        let mut inside = Names(vec![String::new(); inner.values().len()]);
+        for (&v, &operand) in inner.inputs().iter().zip(node.inputs()) {
+            inside.set(v, names.get(operand).to_owned());
+        }
+        self.nodes(inner, &mut inside);
+        for (v, &result) in node.outputs().zip(inner.outputs()) {
+            names.set(v, inside.get(result).to_owned());
+        }
+    }
+
     fn line(&mut self, text: &str) {
         for _ in 0..self.depth {
             self.out.push_str("  ");

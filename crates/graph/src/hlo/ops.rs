@@ -4,7 +4,7 @@ use tensor::{DType, Shape};
 
 use super::literal::{dense, identity, list, tensor};
 use super::{Names, Printer};
-use crate::op::{Body, Node, Op, TensorType};
+use crate::op::{Body, CustomVjp, Node, Op, Remat, TensorType};
 
 impl Printer<'_> {
     pub(super) fn node(&mut self, body: &Body, node: &Node, names: &mut Names) {
@@ -101,6 +101,9 @@ impl Printer<'_> {
                 )
             }
             Op::Scan(scan) => return self.scan(body, node, scan, names),
+            Op::Remat(Remat { body: inner }) | Op::CustomVjp(CustomVjp { forward: inner, .. }) => {
+                return self.inline(node, inner, names);
+            }
         };
         self.define_node(node, names, &text);
     }

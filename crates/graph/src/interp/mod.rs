@@ -14,7 +14,7 @@ use std::sync::Arc;
 use tensor::{HostArray, HostError};
 
 use crate::Program;
-use crate::op::{Body, Node, Op, Scan, TensorType};
+use crate::op::{Body, CustomVjp, Node, Op, Remat, Scan, TensorType};
 
 /// Why a program could not be evaluated.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -129,7 +129,7 @@ fn body(body: &Body, inputs: &[Array]) -> Result<Vec<Array>, InterpError> {
 }
 
 fn eval(body: &Body, node: &Node, args: &[&Array]) -> Result<Vec<Array>, InterpError> {
-    let result = body.ty(node.first).clone();
+    let result = body.ty(node.outputs[0]).clone();
     let dims = result.shape.dims();
     let v = match node.op() {
         // Handled by the caller.
@@ -184,6 +184,10 @@ fn eval(body: &Body, node: &Node, args: &[&Array]) -> Result<Vec<Array>, InterpE
             return Err(InterpError::CustomCall { target: c.target.clone(), location: node.location() });
         }
         Op::Scan(s) => return scan(s, args),
+        Op::Remat(Remat { body: inner }) | Op::CustomVjp(CustomVjp { forward: inner, .. }) => {
+            let inputs: Vec<Array> = args.iter().map(|&a| a.clone()).collect();
+            return self::body(inner, &inputs);
+        }
     };
     let v = v.into_iter().map(|x| number::round(x, result.dtype)).collect();
     Ok(vec![Array { ty: result, v: Arc::new(v) }])
