@@ -37,6 +37,7 @@ enum Command {
     Quickstart(commands::quickstart::Args),
     Verify(commands::verify::Args),
     Init(commands::init::Args),
+    Bench(commands::bench::Args),
     Flops(commands::flops::Args),
     Config(commands::config::Args),
     Doctor(commands::doctor::Args),
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Quickstart(args) => commands::quickstart::run(&ui, &args),
         Command::Verify(args) => commands::verify::run(&ui, &args),
+        Command::Bench(args) => commands::bench::run(&ui, &args),
         Command::Init(args) => commands::init::run(&ui, &args),
         Command::Flops(args) => commands::flops::run(&ui, &args),
         Command::Config(args) => commands::config::run(&ui, &args),

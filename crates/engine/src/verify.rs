@@ -285,8 +285,9 @@ pub fn probe_batches(session: &Session<'_>, lengths: &[usize]) -> Vec<(String, B
 #[must_use]
 pub fn default_trace_tolerance(dtype: DType) -> f64 {
     match dtype {
-        // Rounding of every one of the layers adds up; states of a bf16 run agree to some percent only.
-        DType::BF16 | DType::F16 => 0.1,
+        // Rounding of every one of the layers adds up: on a random full-size E2B transformers' own bf16 run departs from
+        // its f32 run by up to 0.14 of the largest value (layer 29), this one by up to 0.18 (layer 31).
+        DType::BF16 | DType::F16 => 0.25,
         _ => 1e-4,
     }
 }

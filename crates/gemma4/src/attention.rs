@@ -4,7 +4,7 @@ use graph::{Compare, DotDims, Graph, Value};
 use tensor::DType;
 
 use crate::arch::{Layer, LayerKind};
-use crate::nn::{Angles, Result, masked_softmax, rms_norm, wide};
+use crate::nn::{Angles, Result, masked_softmax, project, rms_norm, wide};
 
 /// Query positions of one block of a full layer. A full layer goes through its queries block by block, so that its scores
 /// never take more than `heads x FULL_BLOCK x S` floats.
@@ -73,9 +73,9 @@ pub(crate) fn own_key_values(
     angles: &Angles,
     seq: &Sequence,
 ) -> Result<(KeyValues, (Value, Value))> {
-    let k_raw = split_heads(g, g.matmul_nt(a, w.k_proj, seq.dtype)?, layer.kv_heads)?;
+    let k_raw = split_heads(g, project(g, a, w.k_proj, seq.dtype)?, layer.kv_heads)?;
     let v_raw = match w.v_proj {
-        Some(v) => split_heads(g, g.matmul_nt(a, v, seq.dtype)?, layer.kv_heads)?,
+        Some(v) => split_heads(g, project(g, a, v, seq.dtype)?, layer.kv_heads)?,
         None => k_raw,
     };
     let k = rms_norm(g, k_raw, Some(w.k_norm), seq.eps)?;
@@ -100,7 +100,7 @@ pub(crate) fn attend(
     let (b, t) = (dims[0], dims[1]);
     let (k, e) = (layer.kv_heads, layer.head_dim);
     let (heads, group) = (seq.heads, seq.heads / k);
-    let q = rms_norm(g, split_heads(g, g.matmul_nt(a, w.q_proj, seq.dtype)?, heads)?, Some(w.q_norm), seq.eps)?;
+    let q = rms_norm(g, split_heads(g, project(g, a, w.q_proj, seq.dtype)?, heads)?, Some(w.q_norm), seq.eps)?;
     // [b, t, k, g, e] -> [b, k, t, g, e]: query head h uses key/value head h / g
     let q_btkge = g.reshape(angles.rotate(g, q)?, [b, t, k, group, e])?;
     let q_bktge = g.transpose(q_btkge, &[0, 2, 1, 3, 4])?;
@@ -114,7 +114,7 @@ pub(crate) fn attend(
         }
     };
     let o_bthe = g.reshape(g.transpose(o_bktge, &[0, 2, 1, 3, 4])?, [b, t, heads * e])?;
-    Ok((g.matmul_nt(o_bthe, w.o_proj, seq.dtype)?, q))
+    Ok((project(g, o_bthe, w.o_proj, seq.dtype)?, q))
 }
 
 /// Row indices of queries and keys, each `[n]` i32, for the causal and window rules.
@@ -158,8 +158,8 @@ fn block(
     }
     let p = g.convert(masked_softmax(g, scores, allowed)?, seq.dtype)?;
     let dims = DotDims { lhs_batch: vec![0, 1], rhs_batch: vec![0, 1], lhs_contract: vec![3], rhs_contract: vec![2] };
-    let o = g.dot_general(g.reshape(p, [b, k, t * group, s])?, kv.values, dims, seq.dtype)?;
-    g.reshape(o, [b, k, t, group, e])
+    let o = g.dot_general(g.reshape(p, [b, k, t * group, s])?, kv.values, dims, wide(seq.dtype))?;
+    g.reshape(g.convert(o, seq.dtype)?, [b, k, t, group, e])
 }
 
 /// Pads dimension `dim` with zeros.

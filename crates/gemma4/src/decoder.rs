@@ -10,7 +10,7 @@ use tensor::{DType, ParamSpec};
 
 use crate::arch::{KvSource, Layer, LayerKind, PerKind};
 use crate::attention::{AttentionTrace, AttentionWeights, KeyValues, OwnWeights, Sequence, attend, own_key_values};
-use crate::nn::{Angles, Result, gelu_tanh, rms_norm, scale_f32, wide};
+use crate::nn::{Angles, Result, gelu_tanh, project, rms_norm, scale_f32, wide};
 use crate::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, param_table};
 use crate::{Arch, PerLayerInput};
 
@@ -123,7 +123,7 @@ pub fn body_params(arch: &Arch) -> impl Iterator<Item = ParamSpec> {
 /// Tied head and soft cap: the cap runs in the activation dtype.
 fn head(g: &Graph, arch: &Arch, x: Value, table: Value) -> Result<Value> {
     let dtype = g.dtype(x);
-    let z = g.matmul_nt(x, table, dtype)?;
+    let z = project(g, x, table, dtype)?;
     match arch.spec().final_logit_softcapping {
         // HF divides, takes tanh and multiplies, each rounded to the activation dtype.
         Some(cap) => {
@@ -266,7 +266,7 @@ impl Decoder<'_> {
         let shape = [d[0], d[1], self.arch.layers().len(), p.width];
         let tok = g.mul_scalar(g.convert(rows, self.dtype)?, f64::from((p.width as f32).sqrt()))?;
         let projection = self.weights.cast(g, "per_layer_model_projection.weight", self.dtype)?;
-        let ctx = scale_f32(g, g.matmul_nt(x, projection, self.dtype)?, (d[2] as f64).powf(-0.5))?;
+        let ctx = scale_f32(g, project(g, x, projection, self.dtype)?, (d[2] as f64).powf(-0.5))?;
         let norm = self.weights.stored("per_layer_projection_norm.weight");
         let ctx = rms_norm(g, g.reshape(ctx, shape)?, Some(norm), self.arch.spec().rms_norm_eps)?;
         scale_f32(g, g.add(ctx, g.reshape(tok, shape)?)?, 0.5f64.sqrt())
@@ -307,17 +307,17 @@ impl Decoder<'_> {
         let x = g.add(x, norm(attn, "post_attention_layernorm.weight")?)?;
 
         let h = norm(x, "pre_feedforward_layernorm.weight")?;
-        let gate = gelu_tanh(g, g.matmul_nt(h, matrix("mlp.gate_proj.weight")?, self.dtype)?)?;
-        let up = g.matmul_nt(h, matrix("mlp.up_proj.weight")?, self.dtype)?;
-        let mlp = g.matmul_nt(g.mul(gate, up)?, matrix("mlp.down_proj.weight")?, self.dtype)?;
+        let gate = gelu_tanh(g, project(g, h, matrix("mlp.gate_proj.weight")?, self.dtype)?)?;
+        let up = project(g, h, matrix("mlp.up_proj.weight")?, self.dtype)?;
+        let mlp = project(g, g.mul(gate, up)?, matrix("mlp.down_proj.weight")?, self.dtype)?;
         let mut x = g.add(x, norm(mlp, "post_feedforward_layernorm.weight")?)?;
 
         if let Some(ple) = ple {
             let d = g.dims(ple);
             let slice = g.reshape(g.slice_dim(ple, 2, index, index + 1)?, [d[0], d[1], d[3]])?;
             // The gate reads the residual stream un-normed.
-            let gate = gelu_tanh(g, g.matmul_nt(x, matrix("per_layer_input_gate.weight")?, self.dtype)?)?;
-            let y = g.matmul_nt(g.mul(gate, slice)?, matrix("per_layer_projection.weight")?, self.dtype)?;
+            let gate = gelu_tanh(g, project(g, x, matrix("per_layer_input_gate.weight")?, self.dtype)?)?;
+            let y = project(g, g.mul(gate, slice)?, matrix("per_layer_projection.weight")?, self.dtype)?;
             x = g.add(x, norm(y, "post_per_layer_input_norm.weight")?)?;
         }
         // The whole residual stream, after everything.

@@ -94,3 +94,10 @@ pub(crate) fn masked_softmax(g: &Graph, scores: Value, allowed: Value) -> Result
     let e = g.exp(shifted)?;
     g.div_bcast(e, g.reduce_sum_keep(e, &[last])?)
 }
+
+/// `x` `[.., k]` times the transpose of `w` `[n, k]`, accumulated in f32 (f64) and rounded once to `dtype`.
+///
+/// Asking for narrow results would leave the accumulator's precision to the library behind the product.
+pub(crate) fn project(g: &Graph, x: Value, w: Value, dtype: DType) -> Result<Value> {
+    g.convert(g.matmul_nt(x, w, wide(dtype))?, dtype)
+}

@@ -1,5 +1,6 @@
 //! One module for each command.
 
+pub(crate) mod bench;
 pub(crate) mod config;
 pub(crate) mod doctor;
 pub(crate) mod flops;
@@ -101,14 +102,18 @@ pub(crate) struct EngineArgs {
 impl EngineArgs {
     /// Starts the engine, and says so where it takes time.
     pub(crate) fn start(&self, ui: &Ui) -> Result<Runtime, Failure> {
-        let offline = self.offline || std::env::var_os("LAPIDARY_OFFLINE").is_some_and(|v| v != "0" && !v.is_empty());
         let progress = |step: &str| ui.say(step);
         Ok(Runtime::start(&RuntimeOptions {
             plugin: self.plugin.clone(),
-            offline,
+            offline: is_offline(self.offline),
             no_cache: self.no_cache,
             progress: Some(&progress),
             ..RuntimeOptions::default()
         })?)
     }
+}
+
+/// Whether nothing may be downloaded: a flag or the environment says so.
+pub(crate) fn is_offline(flag: bool) -> bool {
+    flag || std::env::var_os("LAPIDARY_OFFLINE").is_some_and(|v| v != "0" && !v.is_empty())
 }

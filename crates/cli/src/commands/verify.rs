@@ -51,7 +51,7 @@ pub(crate) struct Args {
     /// Compare hidden states layer by layer and name the first that leaves tolerance.
     #[arg(long)]
     trace: bool,
-    /// Tolerance of --trace, relative to the largest reference value [default: 1e-4, in bfloat16 0.1].
+    /// Tolerance of --trace, relative to the largest reference value [default: 1e-4, in bfloat16 0.25].
     #[arg(long, value_name = "X")]
     trace_tolerance: Option<f64>,
     /// Write the verdict as JSON here, and as a Markdown card beside it (.md).
@@ -186,7 +186,13 @@ pub(crate) fn open(ui: &Ui, path: &Path) -> Result<Model, Failure> {
     Ok(model)
 }
 
-fn place<'r>(ui: &Ui, runtime: &'r Runtime, model: &Arc<Model>, dtype: DType) -> Result<Session<'r>, Failure> {
+/// Places a model's weights and says how.
+pub(crate) fn place<'r>(
+    ui: &Ui,
+    runtime: &'r Runtime,
+    model: &Arc<Model>,
+    dtype: DType,
+) -> Result<Session<'r>, Failure> {
     let spinner = ui.spinner("placing weights");
     let start = Instant::now();
     let session = Session::new(runtime, model.clone(), dtype)?;
