@@ -37,7 +37,7 @@ impl Deref for Blob<'_> {
 /// How the arrays of a checkpoint are kept.
 #[derive(Debug)]
 pub(super) enum Container {
-    Ocdbt { store: Store, maps: Mutex<HashMap<u32, Arc<MappedFile>>>, merged: bool },
+    Ocdbt { store: Store, maps: Mutex<HashMap<u32, Arc<MappedFile>>>, merged: bool, inline_bytes: u64 },
     Files { root: PathBuf },
 }
 
@@ -65,7 +65,9 @@ impl Container {
         } else {
             return Ok(Container::Files { root: root.to_owned() });
         };
-        Ok(Container::Ocdbt { store, maps: Mutex::default(), merged })
+        let inline = store.entries().iter().map(|e| if let Kept::Inline(b) = &e.value { b.len() as u64 } else { 0 });
+        let inline_bytes = inline.sum();
+        Ok(Container::Ocdbt { store, maps: Mutex::default(), merged, inline_bytes })
     }
 
     /// Every array with the zarr versions of its metadata, by name.
@@ -101,10 +103,10 @@ impl Container {
         Ok(out)
     }
 
-    /// Size of a value, or `None` if there is no such key.
+    /// Size of a value, or `None` if there is no such key. That the file has those bytes is checked.
     pub(super) fn len(&self, key: &str) -> io::Result<Option<u64>> {
         match self {
-            Container::Ocdbt { store, .. } => Ok(store.get(key.as_bytes()).map(Kept::len)),
+            Container::Ocdbt { .. } => Ok(self.get(key)?.map(|b| b.len() as u64)),
             Container::Files { root } => match fs::metadata(root.join(key)) {
                 Ok(m) => Ok(Some(m.len())),
                 Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -146,6 +148,17 @@ impl Container {
                 let n = map.len();
                 Ok(map.bytes(0..n).map(Blob::Mapped))
             }
+        }
+    }
+
+    /// Bytes of all data files that were needed so far; what several keys share counts once.
+    pub(super) fn file_bytes(&self) -> u64 {
+        match self {
+            Container::Ocdbt { maps, inline_bytes, .. } => {
+                let maps = maps.lock().unwrap_or_else(PoisonError::into_inner);
+                maps.values().fold(*inline_bytes, |n, m| n.saturating_add(m.len() as u64))
+            }
+            Container::Files { .. } => u64::MAX,
         }
     }
 

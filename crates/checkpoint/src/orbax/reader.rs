@@ -15,7 +15,7 @@ use super::leaf::{Leaf, Of, visit};
 use super::locate::{Located, locate};
 use super::region::{Region, advance};
 use super::tree::{CHECKPOINT_METADATA, COMMIT, Key, METADATA, TreeKind, TreeLeaf, TreeMetadata, read_json};
-use super::zarr::{ArrayMeta, ChunkError, Endian};
+use super::zarr::{ArrayMeta, ChunkError, Endian, ZSTD_MAX_RATIO};
 use crate::mmap::MappedBytes;
 
 /// Which arrays of a checkpoint are of interest.
@@ -86,6 +86,9 @@ pub struct Problem {
     /// What is wrong.
     pub message: String,
 }
+
+/// Chunks beyond this size leave the process's memory once they were handed out.
+const DROP_BEHIND: usize = 4 << 20;
 
 #[derive(Debug)]
 struct Stored {
@@ -512,6 +515,13 @@ impl OrbaxCheckpoint {
         let (info, _) = self.complete(name)?;
         let bytes = info.shape.elements().saturating_mul(info.dtype.size());
         let memory = || OrbaxError::Memory { array: name.to_owned(), bytes };
+        // A shape is a claim: no memory for elements that the stored bytes cannot hold.
+        let ratio = if info.compressed { ZSTD_MAX_RATIO } else { 1 };
+        let stored = info.stored_bytes.min(self.container.file_bytes());
+        if bytes as u64 > stored.saturating_mul(ratio) {
+            let why = format!("its {stored} stored bytes cannot hold the {bytes} of its shape {}", info.shape);
+            return Err(OrbaxError::Region { array: name.to_owned(), why });
+        }
         // Asked for first, because running out of memory cannot be caught later.
         Vec::<u8>::new().try_reserve_exact(bytes).map_err(|_| memory())?;
         let mut out = HostArray::zeros(info.dtype, info.shape.clone()).map_err(|_| memory())?;
@@ -610,7 +620,9 @@ impl OrbaxCheckpoint {
         self.check_index(info, stored, index)?;
         let mut refused: Option<E> = None;
         let whole = Region::whole(&info.shape);
-        let result = self.leaves(info, stored, index, &whole, &mut |leaf, of, verify| {
+        let chunk = stored.meta.chunk_key(index);
+        let blob = self.get(&format!("{name}/{chunk}"))?.ok_or_else(|| self.missing(name, chunk))?;
+        let result = self.leaves_of(info, stored, index, &blob, &whole, &mut |leaf, of, verify| {
             leaf.pieces(of, max_bytes, verify, &mut |region, bytes| {
                 if info.dtype == DType::Bool && bytes.iter().any(|&b| b > 1) {
                     return Err(Failure::Chunk(ChunkError::Bool));
@@ -621,6 +633,12 @@ impl OrbaxCheckpoint {
                 })
             })
         });
+        if let Blob::Mapped(map) = &blob
+            && map.as_slice().len() > DROP_BEHIND
+        {
+            // A stream is not read again soon; without this, memory would seem to grow by the whole checkpoint.
+            map.advise_dont_need();
+        }
         match (result, refused) {
             (_, Some(e)) => Err(e),
             (result, None) => Ok(result.map_err(Failure::into_orbax)?),

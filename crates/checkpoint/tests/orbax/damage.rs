@@ -240,3 +240,38 @@ fn damaged_samples_never_panic() {
         }
     }
 }
+
+#[test]
+fn absurd_sizes_cost_nothing() {
+    let tmp = tempfile::tempdir().unwrap();
+    let array = tmp.path().join("params.w");
+    fs_err::create_dir_all(array.join("c")).unwrap();
+    let meta = |shape: u64, chunk: u64, codecs: serde_json::Value| {
+        serde_json::json!({
+            "zarr_format": 3, "node_type": "array", "shape": [shape], "data_type": "uint8", "fill_value": 0, "codecs": codecs,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [chunk]}},
+            "chunk_key_encoding": {"name": "default"},
+        })
+        .to_string()
+    };
+    let plain = serde_json::json!(["bytes"]);
+    let packed = serde_json::json!(["bytes", "zstd"]);
+    let shards = serde_json::json!([{"name": "sharding_indexed", "configuration": {
+        "chunk_shape": [1], "codecs": ["bytes"], "index_codecs": ["bytes", "crc32c"]}}]);
+    fs_err::write(array.join("c/0"), [0; 100]).unwrap();
+    for (shape, chunk, codecs) in [
+        (1 << 40, 1 << 40, &plain),
+        (1 << 40, 1 << 40, &packed),
+        (1 << 40, 1 << 40, &shards),
+        (1 << 60, 1, &plain),
+        (1 << 62, 100, &plain),
+        (101, 1 << 40, &packed),
+        (10, 1 << 62, &plain),
+    ] {
+        fs_err::write(array.join("zarr.json"), meta(shape, chunk, codecs.clone())).unwrap();
+        let ckpt = OrbaxCheckpoint::open(tmp.path()).unwrap();
+        assert!(ckpt.read_array("params.w").is_err(), "{shape} {chunk} {codecs}");
+        assert!(ckpt.verify_array("params.w").is_err(), "{shape} {chunk} {codecs}");
+        assert!(ckpt.read_rows("params.w", 0, 1, &mut [0]).is_err() || codecs == &plain, "{shape} {chunk} {codecs}");
+    }
+}

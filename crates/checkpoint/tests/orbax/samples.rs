@@ -102,6 +102,20 @@ fn a_training_checkpoint_of_eight_devices() {
 }
 
 #[test]
+fn a_summary_counts_what_is_there() {
+    let summary = OrbaxCheckpoint::open(&sample("mesh")).unwrap().inspect();
+    assert_eq!((summary.parameters.arrays, summary.total.arrays), (17, 18));
+    assert_eq!(summary.dtypes["bfloat16"].elements, 64 * 24 + 8 * 4 * 6 + 1);
+    assert_eq!(summary.total.elements, summary.dtypes.values().map(|t| t.elements).sum::<u64>());
+    assert!(!summary.checksummed);
+    let json = serde_json::to_value(&summary).unwrap();
+    assert_eq!(json["kind"], "linen");
+    assert_eq!(json["skipped"][0]["arrays"], 18);
+    assert_eq!(json["arrays"][0]["dtype"], "bfloat16");
+    assert_eq!(json["arrays"].as_array().unwrap().len(), 18);
+}
+
+#[test]
 fn stores_that_were_never_merged() {
     let ckpt = check("unmerged", TreeKind::Linen, 17);
     assert!(ckpt.container().contains("not merged"));

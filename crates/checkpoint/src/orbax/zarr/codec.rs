@@ -133,7 +133,7 @@ impl fmt::Display for Chain {
 }
 
 /// The smallest block of a zstd frame takes four bytes and the largest gives 128 KiB.
-const ZSTD_MAX_RATIO: u64 = (128 << 10) / 4;
+pub(in crate::orbax) const ZSTD_MAX_RATIO: u64 = (128 << 10) / 4;
 
 impl Chain {
     /// Little-endian elements and nothing else.

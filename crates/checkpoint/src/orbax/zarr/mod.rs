@@ -6,7 +6,7 @@ mod v2;
 mod v3;
 
 pub use codec::{ArrayBytes, BytesCodec, Chain, ChunkError, Endian, Sharding};
-pub(in crate::orbax) use codec::{Decoded, decode};
+pub(in crate::orbax) use codec::{Decoded, ZSTD_MAX_RATIO, decode};
 pub use json::ZarrError;
 pub use v2::Compressor2;
 
