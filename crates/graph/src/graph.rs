@@ -477,7 +477,7 @@ fn check_constraints(body: &Body, mesh: &Mesh) -> Result<(), GraphError> {
                 })?;
             }
             Op::Scan(Scan { body: inner, .. })
-            | Op::Remat(Remat { body: inner })
+            | Op::Remat(Remat { body: inner, .. })
             | Op::CustomVjp(CustomVjp { forward: inner, .. }) => check_constraints(inner, mesh)?,
             _ => {}
         }

@@ -222,6 +222,13 @@ pub(crate) fn infer(op: &Op, xs: &[&TensorType]) -> Result<Vec<TensorType>> {
             }
             one(xs[0].clone())
         }
+        Op::Named(name) => {
+            arity(xs, 1)?;
+            if name.is_empty() {
+                return bad("the name is empty");
+            }
+            one(xs[0].clone())
+        }
         Op::CustomCall(c) => {
             if !is_symbol(&c.target) {
                 return bad(format!("target {:?} must be letters, digits, '_' and '.'", c.target));

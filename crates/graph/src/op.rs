@@ -217,9 +217,12 @@ pub struct Scan {
     pub body: Arc<Body>,
 }
 
-/// A body that runs as it is, but of which differentiation keeps only the operands: the gradient runs it again.
+/// A body that runs as it is, but of which differentiation keeps only the operands and named values: the gradient runs the
+/// rest again.
 #[derive(Debug, Clone)]
 pub struct Remat {
+    /// Names ([`Op::Named`]) of the values that are kept.
+    pub keep: Arc<[String]>,
     /// What is computed: one input per operand, one output per result.
     pub body: Arc<Body>,
 }
@@ -341,6 +344,8 @@ pub enum Op {
     OptimizationBarrier,
     /// Identity with a wish how the value is laid out over the mesh.
     ShardingConstraint(Sharding),
+    /// Identity that gives the value a name, by which a [`Remat`] around it may keep it.
+    Named(Arc<str>),
     /// A function provided by the runtime.
     CustomCall(CustomCall),
     /// A loop with its own body.
@@ -381,6 +386,7 @@ impl Op {
             Op::DotGeneral { .. } => "dot_general",
             Op::OptimizationBarrier => "optimization_barrier",
             Op::ShardingConstraint(_) => "sharding_constraint",
+            Op::Named(_) => "named",
             Op::CustomCall(_) => "custom_call",
             Op::Scan(_) => "scan",
             Op::Remat(_) => "remat",
@@ -519,13 +525,18 @@ impl Body {
 
     /// For every node, whether one of these values depends on it.
     pub(crate) fn live_for(&self, roots: &[ValueId]) -> Vec<bool> {
+        self.live_without(roots, |_| false)
+    }
+
+    /// For every node, whether one of these values depends on it otherwise than through values that are given.
+    pub(crate) fn live_without(&self, roots: &[ValueId], given: impl Fn(ValueId) -> bool) -> Vec<bool> {
         let mut live = vec![false; self.nodes.len()];
-        for v in roots {
+        for v in roots.iter().filter(|&&v| !given(v)) {
             live[self.values[v.index()].node()] = true;
         }
         for i in (0..self.nodes.len()).rev() {
             if live[i] {
-                for v in &self.nodes[i].inputs {
+                for v in self.nodes[i].inputs.iter().filter(|&&v| !given(v)) {
                     live[self.values[v.index()].node()] = true;
                 }
             }

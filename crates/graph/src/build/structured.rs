@@ -87,6 +87,15 @@ impl Graph {
         self.scan_with(length, true, carry, xs, consts, body)
     }
 
+    /// The same value under a name, by which [`Graph::remat_keeping`] around it may keep it.
+    ///
+    /// # Errors
+    /// When the name is empty.
+    #[track_caller]
+    pub fn named(&self, x: Value, name: &str) -> Result<Value> {
+        self.one(Op::Named(name.into()), &[x])
+    }
+
     /// Computes `body`, of which a gradient keeps only `inputs`: it computes the body again, behind a barrier that waits for
     /// the incoming cotangent. Trades time for memory.
     ///
@@ -100,12 +109,28 @@ impl Graph {
         inputs: &[Value],
         body: impl FnOnce(&Graph, &[Value]) -> Result<Vec<Value>>,
     ) -> Result<Vec<Value>> {
+        self.remat_keeping(inputs, &[], body)
+    }
+
+    /// [`Graph::remat`] whose gradient keeps, besides the inputs, values of the body with one of these names
+    /// ([`Graph::named`]). Names within ops with bodies of their own do not count.
+    ///
+    /// # Errors
+    /// As [`Graph::remat`]. A name that nothing has is no error.
+    #[track_caller]
+    pub fn remat_keeping(
+        &self,
+        inputs: &[Value],
+        keep: &[&str],
+        body: impl FnOnce(&Graph, &[Value]) -> Result<Vec<Value>>,
+    ) -> Result<Vec<Value>> {
         self.check_foreign("remat", inputs)?;
         let g = Graph::nested_in(self, "remat");
         let arguments = g.arguments(inputs.iter().map(|&v| self.ty(v)))?;
         let outputs = body(&g, &arguments)?;
         g.check_foreign("remat", &outputs)?;
-        self.apply(Op::Remat(Remat { body: Arc::new(g.finish_body(&outputs)) }), inputs)
+        let keep = keep.iter().map(|&n| n.to_owned()).collect();
+        self.apply(Op::Remat(Remat { keep, body: Arc::new(g.finish_body(&outputs)) }), inputs)
     }
 
     /// Computes `forward`, whose gradient is what `backward` says.

@@ -89,6 +89,20 @@ impl Joint {
         })
     }
 
+    /// The forward body with these outputs.
+    pub(super) fn forward_body(&self, parent: &Graph, name: &str, outputs: &[ValueId]) -> Result<Body> {
+        let g = Graph::nested_in(parent, name);
+        let inputs = g.arguments(self.primals().iter().map(|&v| self.body.ty(v).clone()))?;
+        let mut names = Names::new(&self.body);
+        for (&v, x) in self.primals().iter().zip(inputs) {
+            names.set(v, x);
+        }
+        let live = self.body.live_for(outputs);
+        copy(&g, &self.body, |i| live[i], &mut names)?;
+        let outputs = names.all(&g, outputs)?;
+        Ok(g.finish_body(&outputs))
+    }
+
     /// The inputs of the forward body.
     pub(super) fn primals(&self) -> &[ValueId] {
         &self.body.inputs()[..self.inputs]

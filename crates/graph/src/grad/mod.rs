@@ -102,6 +102,7 @@ impl Rule<'_> {
             Op::DotGeneral { dims, .. } => linear::dot_general(self, dims),
             Op::OptimizationBarrier => structured::optimization_barrier(self),
             Op::ShardingConstraint(s) => Ok(vec![Some(self.g.sharding_constraint(self.only()?, s.clone())?)]),
+            Op::Named(_) => Ok(vec![Some(self.only()?)]),
             Op::CustomCall(c) => Err(self.fail(format!(
                 "custom call {:?} has no gradient; give it one with custom_vjp, or stop_gradient before it",
                 c.target

@@ -53,15 +53,19 @@ fn is_cheap(op: &Op) -> bool {
             | Op::Concatenate(_)
             | Op::Reverse(_)
             | Op::ShardingConstraint(_)
+            | Op::Named(_)
     )
 }
 
 /// Ops whose operand is as good as the result and no larger.
 fn is_rearrangement(body: &Body, op: &Op, operand: Option<ValueId>) -> bool {
     match op {
-        Op::BroadcastInDim { .. } | Op::Reshape(_) | Op::Transpose(_) | Op::Reverse(_) | Op::ShardingConstraint(_) => {
-            true
-        }
+        Op::BroadcastInDim { .. }
+        | Op::Reshape(_)
+        | Op::Transpose(_)
+        | Op::Reverse(_)
+        | Op::ShardingConstraint(_)
+        | Op::Named(_) => true,
         Op::Convert(to) => operand.is_some_and(|v| body.ty(v).dtype.size() <= to.size()),
         _ => false,
     }
@@ -150,18 +154,9 @@ fn stack(r: &Rule<'_>, s: &Scan, joint: &Joint, residual: &[ValueId]) -> Result<
     let new: Vec<ValueId> = residual.iter().copied().filter(|&v| known(v).is_none()).collect();
     let mut added = Vec::new();
     if !new.is_empty() {
-        let body = &joint.body;
-        let f = Graph::nested_in(g, "scan");
-        let inputs = f.arguments(joint.primals().iter().map(|&v| body.ty(v).clone()))?;
-        let mut names = Names::new(body);
-        for (&v, x) in joint.primals().iter().zip(inputs) {
-            names.set(v, x);
-        }
         let outputs = [&joint.results[..], &new].concat();
-        let live = body.live_for(&outputs);
-        copy(&f, body, |i| live[i], &mut names)?;
-        let outputs = names.all(&f, &outputs)?;
-        added = g.extend_node(r.index, Op::Scan(Scan { body: Arc::new(f.finish_body(&outputs)), ..s.clone() }))?;
+        let body = Arc::new(joint.forward_body(g, "scan", &outputs)?);
+        added = g.extend_node(r.index, Op::Scan(Scan { body, ..s.clone() }))?;
     }
     let mut added = added.into_iter();
     let found = residual.iter().map(|&v| match known(v) {

@@ -90,6 +90,7 @@ impl Printer<'_> {
                 }
                 format!("sdy.sharding_constraint {args} <@mesh, {s}> : {result}")
             }
+            Op::Named(_) => return super::name_results(node, names, &args),
             Op::CustomCall(c) => {
                 let config = c.attributes.iter().map(|(n, v)| format!("{n} = {v} : i64"));
                 let results = if results.len() == 1 { result.to_owned() } else { format!("({})", list(&results)) };
@@ -101,7 +102,7 @@ impl Printer<'_> {
                 )
             }
             Op::Scan(scan) => return self.scan(body, node, scan, names),
-            Op::Remat(Remat { body: inner }) | Op::CustomVjp(CustomVjp { forward: inner, .. }) => {
+            Op::Remat(Remat { body: inner, .. }) | Op::CustomVjp(CustomVjp { forward: inner, .. }) => {
                 return self.inline(node, inner, names);
             }
         };

@@ -161,7 +161,9 @@ fn eval(body: &Body, node: &Node, args: &[&Array]) -> Result<Vec<Array>, InterpE
             args[0].v.iter().map(|&x| number::reduce_precision(x, args[0].ty.dtype, *exponent, *mantissa)).collect()
         }
         Op::BroadcastInDim { dims: to, .. } => movement::broadcast(args[0], dims, to),
-        Op::Reshape(_) | Op::ShardingConstraint(_) => return Ok(vec![Array { ty: result, v: args[0].v.clone() }]),
+        Op::Reshape(_) | Op::ShardingConstraint(_) | Op::Named(_) => {
+            return Ok(vec![Array { ty: result, v: args[0].v.clone() }]);
+        }
         Op::Transpose(perm) => movement::transpose(args[0], perm),
         Op::Slice { starts, strides, .. } => movement::slice(args[0], dims, starts, strides),
         Op::Pad { low, interior, .. } => movement::pad(args[0], args[1].v[0], dims, low, interior),
@@ -184,7 +186,7 @@ fn eval(body: &Body, node: &Node, args: &[&Array]) -> Result<Vec<Array>, InterpE
             return Err(InterpError::CustomCall { target: c.target.clone(), location: node.location() });
         }
         Op::Scan(s) => return scan(s, args),
-        Op::Remat(Remat { body: inner }) | Op::CustomVjp(CustomVjp { forward: inner, .. }) => {
+        Op::Remat(Remat { body: inner, .. }) | Op::CustomVjp(CustomVjp { forward: inner, .. }) => {
             let inputs: Vec<Array> = args.iter().map(|&a| a.clone()).collect();
             return self::body(inner, &inputs);
         }

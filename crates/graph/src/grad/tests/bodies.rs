@@ -210,6 +210,41 @@ fn remat_in_scans() {
     });
 }
 
+fn named_layer(b: &Graph, x: &[Value]) -> Result<Vec<Value>> {
+    let h = b.named(b.matmul_nt(x[0], x[1], DType::F64)?, "hidden")?;
+    let a = b.named(b.tanh(h)?, "activation")?;
+    Ok(vec![b.exp(b.matmul_nt(a, x[1], DType::F64)?)?])
+}
+
+/// Named values are kept: what only they need is not computed again.
+#[test]
+fn remat_keeps_by_name() {
+    let inputs = [f(&[2, 3]), f(&[3, 3])];
+    let counts = |keep: &[&str]| {
+        check(&inputs, |g, x| g.remat_keeping(x, keep, named_layer));
+        let (p, _) = differentiated(&inputs, |g, x| g.remat_keeping(x, keep, named_layer));
+        let text = p.stablehlo();
+        (text.matches("stablehlo.dot_general").count(), text.matches("stablehlo.tanh").count())
+    };
+    // Two products forward, two for the gradient of each, and those that are computed again.
+    assert_eq!(counts(&[]), (2 + 4 + 2, 2));
+    assert_eq!(counts(&["nothing"]), (2 + 4 + 2, 2));
+    assert_eq!(counts(&["hidden"]), (2 + 4 + 1, 2));
+    assert_eq!(counts(&["activation"]), (2 + 4 + 1, 1));
+    assert_eq!(counts(&["hidden", "activation"]), (2 + 4 + 1, 1));
+    // In a scan they are stacked beside the carry.
+    let xs = [f(&[2, 3]), within(&[4, 3, 3], -0.4, 0.4)];
+    let build = |g: &Graph, x: &[Value]| {
+        let step = |b: &Graph, c: &[Value], w: &[Value], _: &[Value]| {
+            Ok((b.remat_keeping(&[c[0], w[0]], &["hidden"], named_layer)?, vec![]))
+        };
+        Ok(g.scan(4, &x[..1], &x[1..], &[], step)?.0)
+    };
+    check(&xs, build);
+    let (p, _) = differentiated(&xs, build);
+    assert_eq!(scans_in(&p)[0].body.outputs().len(), 1 + 2);
+}
+
 #[test]
 fn custom_gradients() {
     // The right gradient passes the check, in a scan and out of it; residuals are handed over.
