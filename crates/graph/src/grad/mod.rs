@@ -14,7 +14,8 @@
 //!
 //! Where a function is not differentiable: `floor`, `ceil`, `sign`, comparisons and everything integer or bool pass no
 //! gradient; elements that tie in a maximum or minimum share it; `clamp` passes it to an element that equals a bound; a row
-//! lookup gives it to the row that was read, after clamping. A custom call is an error: wrap it in
+//! lookup gives it to the row that was read, after clamping. Rounding (`convert`, `reduce_precision`) counts as the identity,
+//! and the cotangent is rounded in the same way. A custom call is an error: wrap it in
 //! [`Graph::custom_vjp`].
 
 mod activity;

@@ -8,6 +8,7 @@ use crate::op::Op;
 use crate::{Compare, DotDims, Graph, GraphError, Program, TensorType, UnaryOp, Value, interp};
 
 mod bodies;
+mod random;
 
 type Result<T> = std::result::Result<T, GraphError>;
 
