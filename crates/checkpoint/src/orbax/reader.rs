@@ -88,7 +88,7 @@ pub struct Problem {
 }
 
 /// Chunks beyond this size leave the process's memory once they were handed out.
-const DROP_BEHIND: usize = 4 << 20;
+const DROP_BEHIND: usize = 256 << 10;
 
 #[derive(Debug)]
 struct Stored {

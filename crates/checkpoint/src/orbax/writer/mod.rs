@@ -591,6 +591,9 @@ impl ChunkWriter<'_> {
         if inline.is_none() {
             writer.journal.add(&record)?;
         }
+        if let Some(file) = sink.own_file() {
+            writer.flusher.send(file);
+        }
         writer.record(array, number, Done { length: sink.length, crc: sink.crc, inline })
     }
 }
@@ -598,13 +601,14 @@ impl ChunkWriter<'_> {
 /// Flushes finished data files to the device while others are still being written, so that the commit has little to wait for.
 #[derive(Debug)]
 struct Flusher {
-    queue: Option<mpsc::Sender<Arc<fs::File>>>,
+    queue: Option<mpsc::SyncSender<Arc<fs::File>>>,
     thread: Option<thread::JoinHandle<io::Result<()>>>,
 }
 
 impl Flusher {
     fn start() -> Self {
-        let (queue, files) = mpsc::channel::<Arc<fs::File>>();
+        // Bounded, because every file in the queue is an open one.
+        let (queue, files) = mpsc::sync_channel::<Arc<fs::File>>(32);
         // The first error is kept: the kernel reports it once.
         let thread = thread::spawn(move || {
             let mut first = Ok(());

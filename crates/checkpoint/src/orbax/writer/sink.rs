@@ -24,6 +24,7 @@ enum To {
 #[derive(Debug)]
 pub(super) struct Sink {
     to: To,
+    alone: bool,
     buffer: Vec<u8>,
     /// Where the buffer goes in the file.
     at: u64,
@@ -33,7 +34,8 @@ pub(super) struct Sink {
 
 impl Sink {
     fn new(to: To, at: u64) -> Self {
-        Sink { to, buffer: Vec::new(), at, length: 0, crc: 0 }
+        let alone = matches!(to, To::Own { .. });
+        Sink { to, alone, buffer: Vec::new(), at, length: 0, crc: 0 }
     }
 
     pub(super) fn memory() -> Self {
@@ -66,6 +68,14 @@ impl Sink {
         }
         self.buffer.extend_from_slice(bytes);
         Ok(())
+    }
+
+    /// The file that is this chunk's alone, if it got one.
+    pub(super) fn own_file(&self) -> Option<Arc<fs::File>> {
+        match &self.to {
+            To::File(file) if self.alone => Some(Arc::clone(file)),
+            _ => None,
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {
