@@ -25,12 +25,13 @@ import argparse
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 
 # Before JAX is imported: eight devices on one CPU, and 64-bit types.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
@@ -124,8 +125,8 @@ def params(scale=1, mesh=None):
 def train_state(mesh=None, optimizer=False, scale=1):
     state = {"step": np.int64(0) if mesh is None else jax.numpy.int32(7), "params": {"params": params(scale, mesh)}, "opt_state": {}}
     if optimizer:
-        zeros = jax.tree.map(lambda a: a, params(scale, mesh))
-        state["opt_state"] = [{"count": np.int32(3), "mu": {"params": zeros}}, None]
+        moments = {"token_embedder": state["params"]["params"]["token_embedder"]}
+        state["opt_state"] = [{"count": np.int32(3), "mu": {"params": moments}}, None]
     return state
 
 
@@ -179,13 +180,46 @@ def write_samples(root, scale=1):
     return made
 
 
+def two_processes(root, scale=1):
+    """A job of two processes with four devices each, and the same with its stores not merged."""
+    root = pathlib.Path(root).absolute()
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [sys.executable, __file__, "worker", str(root / "processes"), str(port), str(scale)]
+    workers = [subprocess.Popen([*command, str(i)], env=env, stderr=subprocess.DEVNULL) for i in range(2)]
+    if any(w.wait(timeout=300) for w in workers):
+        raise RuntimeError("a process of the two failed")
+    shutil.copytree(root / "processes", root / "processes_unmerged")
+    items = root / "processes_unmerged/12/items"
+    (items / "manifest.ocdbt").unlink()
+    shutil.rmtree(items / "d")
+    return [root / "processes", root / "processes_unmerged"]
+
+
+def worker(base, port, scale, index):
+    """One of the two processes."""
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
+    grid = mesh()
+
+    def spread(name, shape, dtype, axes):
+        if len(shape) > 1:
+            shape = (shape[0] * scale, *shape[1:])
+        value = pattern(name, shape, dtype)
+        return jax.make_array_from_callback(shape, NamedSharding(grid, PartitionSpec(*axes)), lambda i: value[i])
+
+    state = {"step": np.int32(7), "params": {"params": nest({p[0]: spread(*p) for p in PARAMS})}, "opt_state": {}}
+    save_step(pathlib.Path(base), state, step=12)
+
+
 def write_stores(root):
     """Generic stores of the underlying library: a deep tree with many versions, and numbered manifests."""
     import tensorstore as ts
 
     made = []
     for name, writes, config in [
-        ("deep", 40, {"max_decoded_node_bytes": 400, "max_inline_value_bytes": 8, "version_tree_arity_log2": 1}),
+        ("deep", 20, {"max_decoded_node_bytes": 400, "max_inline_value_bytes": 8, "version_tree_arity_log2": 1}),
         ("numbered", 5, {"manifest_kind": "numbered"}),
     ]:
         path = pathlib.Path(root).absolute() / name
@@ -282,6 +316,7 @@ def orbax_reads_ours(tool, root, errors):
 
 def we_read_orbax(tool, root, errors):
     paths = write_samples(root / "theirs") + write_samples(root / "theirs_large", scale=64)
+    paths += two_processes(root / "theirs") + two_processes(root / "theirs_large", scale=64)
     for path in paths:
         done = subprocess.run([tool, "check", path], capture_output=True, text=True)
         print(f"{'ok  ' if done.returncode == 0 else 'FAIL'} reading {path.parent.name}/{path.name}: {done.stdout.strip() or done.stderr.strip()}")
@@ -296,12 +331,24 @@ def main():
     every.add_argument("--tool", required=True, type=pathlib.Path, help="the built example orbax_pattern")
     samples = commands.add_parser("samples", help="the checkpoints kept for the Rust tests")
     samples.add_argument("dir", type=pathlib.Path)
+    work = commands.add_parser("worker", help="(one process of a job, started by the others)")
+    for name, kind in [("base", str), ("port", int), ("scale", int), ("index", int)]:
+        work.add_argument(name, type=kind)
     args = parser.parse_args()
+    if args.command == "worker":
+        worker(args.base, args.port, args.scale, args.index)
+        return 0
     if args.command == "samples":
         # Orbax writes the directory's name into some files; it should be the same on every machine.
         neutral = pathlib.Path("/tmp/samples")
         shutil.rmtree(neutral, ignore_errors=True)
         write_samples(neutral)
+        two_processes(neutral)
+        for derived in neutral.glob("*unmerged"):
+            # The tests make these themselves.
+            shutil.rmtree(derived)
+        # Large, and not needed to read the arrays.
+        (neutral / "processes/12/items/_sharding").unlink()
         write_stores(neutral / "stores")
         write_codecs(neutral / "codecs")
         shutil.copytree(neutral, args.dir)

@@ -210,7 +210,7 @@ fn damaged_samples_never_panic() {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) as usize % n.max(1)
     };
-    for name in ["ocdbt_zarr3", "ocdbt_zarr2", "files_zarr3", "files_zarr2", "mesh", "unmerged", "codecs"] {
+    for name in ["ocdbt_zarr3", "ocdbt_zarr2", "files_zarr3", "files_zarr2", "mesh", "processes", "codecs"] {
         let copy = tmp.path().join(name);
         for path in files(&samples.join(name)) {
             let to = copy.join(path.strip_prefix(samples.join(name)).unwrap());
