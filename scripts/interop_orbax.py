@@ -219,7 +219,7 @@ def write_stores(root):
 
     made = []
     for name, writes, config in [
-        ("deep", 20, {"max_decoded_node_bytes": 400, "max_inline_value_bytes": 8, "version_tree_arity_log2": 1}),
+        ("deep", 24, {"max_decoded_node_bytes": 200, "max_inline_value_bytes": 8, "version_tree_arity_log2": 1}),
         ("numbered", 5, {"manifest_kind": "numbered"}),
     ]:
         path = pathlib.Path(root).absolute() / name

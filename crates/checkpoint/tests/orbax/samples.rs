@@ -164,7 +164,7 @@ fn generic_stores() {
             .iter()
             .map(|e| (String::from_utf8_lossy(&e.key).into_owned(), store.read(&e.value).unwrap()))
             .collect();
-        let n = if name == "stores/deep" { 20 } else { 5 };
+        let n = if name == "stores/deep" { 24 } else { 5 };
         let mut want: Vec<(String, Vec<u8>)> = (0..n)
             .map(|i| (format!("key/{:03}", i * 37 % 101), format!("value {i}").repeat(i % 4).into_bytes()))
             .collect();
