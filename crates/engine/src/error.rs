@@ -24,6 +24,18 @@ pub enum EngineError {
     /// Tensors do not fit the model.
     #[error(transparent)]
     Bind(#[from] checkpoint::binding::BindError),
+    /// An Orbax checkpoint.
+    #[error(transparent)]
+    Orbax(#[from] checkpoint::orbax::OrbaxError),
+    /// Checkpoint data could not be read, converted or written.
+    #[error(transparent)]
+    Copy(#[from] checkpoint::copy::CopyError),
+    /// A MaxText checkpoint whose architecture nothing tells.
+    #[error("{path} does not say which architecture it is of, as no checkpoint written by MaxText does")]
+    NoArchitecture {
+        /// The checkpoint.
+        path: PathBuf,
+    },
     /// A checkpoint could not be written.
     #[error(transparent)]
     Write(#[from] checkpoint::write::WriteError),

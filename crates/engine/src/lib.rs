@@ -3,6 +3,7 @@
 //! **Invariant:** this crate parses no arguments and prints nothing. Long work reports through callbacks.
 
 pub mod compare;
+pub mod convert;
 pub mod error;
 pub mod forward;
 pub mod golden;

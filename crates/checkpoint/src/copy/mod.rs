@@ -8,6 +8,7 @@
 
 mod convert;
 mod journal;
+mod read;
 mod source;
 mod to_hf;
 mod to_orbax;
@@ -27,6 +28,7 @@ use crate::orbax::{OrbaxCheckpoint, OrbaxError, OrbaxWriteError};
 use crate::write::WriteError;
 
 pub use convert::Op;
+pub use read::ItemReader;
 pub use to_hf::{HfReport, HfTarget, copy_to_hf};
 pub use to_orbax::{OrbaxReport, OrbaxTarget, copy_to_orbax};
 

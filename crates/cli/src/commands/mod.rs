@@ -2,9 +2,12 @@
 
 pub(crate) mod bench;
 pub(crate) mod config;
+pub(crate) mod convert;
+pub(crate) mod diff;
 pub(crate) mod doctor;
 pub(crate) mod flops;
 pub(crate) mod init;
+pub(crate) mod inspect;
 pub(crate) mod plugin;
 pub(crate) mod quickstart;
 pub(crate) mod verify;

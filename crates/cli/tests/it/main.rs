@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod config;
+mod convert;
 mod doctor;
 mod flops;
 mod plugin;
