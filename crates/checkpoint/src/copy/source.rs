@@ -153,10 +153,19 @@ impl<'a> Reader<'a> {
         CopyError::Items(vec![format!("{}: a box outside of {}", self.name, self.shape)])
     }
 
-    /// Says that nothing more will be read.
+    /// Says that nothing more will be read: mapped pages stop counting as this process's memory.
     pub(super) fn done(&self) {
-        if let From::Mapped { view, .. } = &self.from {
-            view.bytes.advise_dont_need();
+        match &self.from {
+            From::Mapped { view, .. } => view.bytes.advise_dont_need(),
+            From::Same { checkpoint, info } | From::Transposed { checkpoint, info, .. } => {
+                let Ok(grid) = checkpoint.grid(&info.name) else { return };
+                boxes(&grid, 1, 1, &mut |chunk: Region| {
+                    // What cannot be had in place was not mapped for long; damage was reported when it was read.
+                    if let Ok(Some(bytes)) = checkpoint.mapped_chunk(&info.name, &chunk.origin) {
+                        bytes.advise_dont_need();
+                    }
+                });
+            }
         }
     }
 }
