@@ -141,9 +141,8 @@ fn maxtext_golden_lines_are_read() {
     let id_bytes = ids.bytes.as_slice();
     let mut lines = String::new();
     for (row, n) in [(0, s), (1, s - 3)] {
-        let tokens: Vec<i64> = (0..n)
-            .map(|p| i64::from_le_bytes(id_bytes[(row * s + p) * 8..][..8].try_into().unwrap()))
-            .collect();
+        let tokens: Vec<i64> =
+            (0..n).map(|p| i64::from_le_bytes(id_bytes[(row * s + p) * 8..][..8].try_into().unwrap())).collect();
         let rows: Vec<Vec<f32>> = (0..n)
             .map(|p| {
                 let at = ((row * s + p) * v) * 4;
@@ -198,7 +197,8 @@ fn broken_checkpoints_are_clean_errors() {
     // another shape in the configuration
     std::fs::write(&weights, &bytes).unwrap();
     let text = std::fs::read_to_string(path.join("config.json")).unwrap();
-    std::fs::write(path.join("config.json"), text.replace("\"intermediate_size\": 48", "\"intermediate_size\": 56")).unwrap();
+    std::fs::write(path.join("config.json"), text.replace("\"intermediate_size\": 48", "\"intermediate_size\": 56"))
+        .unwrap();
     run(&["mlp", "shape"]);
     // not JSON
     std::fs::write(path.join("config.json"), "{").unwrap();
