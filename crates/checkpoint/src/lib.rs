@@ -6,7 +6,7 @@
 //! | [`safetensors`] | one file: a strict header reader |
 //! | [`hf`] | a directory: one file or shards with an index, and its configuration |
 //! | [`binding`] | the tensors a model expects, found under whatever prefix the directory uses |
-//! | [`write`] | a directory written tensor by tensor in bounded memory |
+//! | [`write`](mod@write) | a directory written tensor by tensor in bounded memory |
 //! | [`commit`] | output that appears complete or not at all |
 //! | [`manifest`] | checksums of every file of a directory |
 //! | [`orbax`] | the trees that MaxText reads and writes |
