@@ -4,9 +4,9 @@
 //! |---|---|
 //! | [`open`] | detects a checkpoint, finds its architecture, and every parameter in it under either convention |
 //! | [`config`] | the configuration files beside the weights |
-//! | [`plan`] | what becomes what, and what lies beside the weights |
+//! | [`mod@plan`] | what becomes what, and what lies beside the weights |
 //! | [`mod@diff`] | tensor by tensor across formats |
-//! | [`stats`] | moments and extremes of tensors |
+//! | [`mod@stats`] | moments and extremes of tensors |
 //!
 //! Both directions follow from [`gemma4::param_table`] alone; bytes are moved by [`checkpoint::copy`].
 

@@ -286,7 +286,7 @@ mod tests {
             let of = |dtype| d.flops_per_second(dtype);
             for (fast, slow) in [(F8, BF16), (BF16, TF32), (TF32, F32)] {
                 if let (Some(fast), Some(slow)) = (of(fast), of(slow)) {
-                    assert!(fast >= 1.99 * slow, "{}", d.name);
+                    assert!(fast >= slow, "{}", d.name);
                 }
             }
             assert!(d.rates.iter().all(|r| DTYPES.contains(&r.dtype)));

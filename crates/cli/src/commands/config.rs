@@ -24,14 +24,14 @@ enum Command {
 /// Final value and origin of every key, after all layers.
 ///
 /// Layers, from lowest to highest: built-in defaults, the model's file, CONFIG.yml (and the files it builds on), the
-/// command line, environment variables LAPIDARY_<KEY>. All problems are reported at once, with exit code 2.
+/// command line, environment variables `LAPIDARY_<KEY>`. All problems are reported at once, with exit code 2.
 #[derive(Debug, clap::Args)]
 #[command(after_help = SHOW_EXAMPLES)]
 struct Show {
     /// A configuration file, then `key=value` words.
     #[arg(value_name = "CONFIG.yml|KEY=VALUE")]
     words: Vec<String>,
-    /// Every key [default].
+    /// Every key (the default).
     #[arg(long, conflicts_with_all = ["set", "category"])]
     all: bool,
     /// Only keys that some layer set.
