@@ -44,10 +44,6 @@ pub(crate) struct Args {
     /// Element type of all parameters [default: as they are].
     #[arg(long, value_parser = float)]
     dtype: Option<DType>,
-    #[command(flatten)]
-    hf: HfArgs,
-    #[command(flatten)]
-    maxtext: MaxtextArgs,
     /// Replace a checkpoint that lies at the target.
     #[arg(long)]
     force: bool,
@@ -60,6 +56,11 @@ pub(crate) struct Args {
     /// Print what was written as JSON.
     #[arg(long)]
     json: bool,
+    // Last, because their headings hold for everything that follows.
+    #[command(flatten)]
+    hf: HfArgs,
+    #[command(flatten)]
+    maxtext: MaxtextArgs,
 }
 
 #[derive(Debug, clap::Args)]

@@ -65,23 +65,23 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     let (first, second) = if swapped { (b, a) } else { (a, b) };
     let models = match model(first, None) {
         Err(e) if across => Err(e),
-        Err(_) => Ok(None),
+        Err(e) => Ok(Err(e)),
         Ok(first) => match model(second, Some(&first)) {
             Err(e) if across => Err(e),
-            Err(_) => Ok(None),
-            Ok(second) => Ok(Some(if swapped { (second, first) } else { (first, second) })),
+            Err(e) => Ok(Err(e)),
+            Ok(second) => Ok(Ok(if swapped { (second, first) } else { (first, second) })),
         },
     };
     let report = match models.map_err(no_architecture)? {
-        Some((a, b)) => {
+        Ok((a, b)) => {
             for (path, w) in [(&args.a, &a), (&args.b, &b)] {
                 ui.say(format!("{}: {}", path.display(), format_line(w)));
             }
             compare(ui, Sides::Models { a: &a, b: &b, text_only: args.text_only })?
         }
-        None => {
+        Err(e) => {
             let (a, b) = (Checkpoint::open(&args.a)?, Checkpoint::open(&args.b)?);
-            ui.say("compared by stored name: at least one is no complete Gemma 4 model of known architecture");
+            ui.say(format!("compared by stored name, because at least one is not known as a Gemma 4 model: {e}"));
             compare(ui, Sides::Raw { a: &a, b: &b })?
         }
     };
