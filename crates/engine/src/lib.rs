@@ -4,6 +4,7 @@
 
 pub mod compare;
 pub mod convert;
+pub mod data;
 pub mod error;
 pub mod forward;
 pub mod golden;
