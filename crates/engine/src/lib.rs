@@ -13,6 +13,7 @@ pub mod known;
 pub mod model;
 pub mod peak;
 pub mod rng;
+pub mod rows;
 pub mod runtime;
 pub mod verify;
 

@@ -9,6 +9,7 @@ mod doctor;
 mod flops;
 mod plugin;
 mod verify;
+mod verify_maxtext;
 
 use std::process::Command;
 
