@@ -10,6 +10,7 @@ pub mod forward;
 pub mod golden;
 pub mod init;
 pub mod known;
+pub mod metrics;
 pub mod model;
 pub mod peak;
 pub mod rng;
