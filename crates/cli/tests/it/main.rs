@@ -5,6 +5,7 @@
 
 mod config;
 mod convert;
+mod convert_faults;
 mod doctor;
 mod flops;
 mod plugin;
