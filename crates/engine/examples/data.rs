@@ -10,11 +10,22 @@
 #![allow(clippy::print_stdout)]
 
 use std::error::Error;
+use std::process::ExitCode;
 use std::time::Instant;
 
 use lapidary_engine::data::{BatchSource, Prefetch, open_train};
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let config = config::Sources::from_args(std::env::args().skip(1)).resolve()?;
     let rows = config.run.batch(1)?.load;
     let began = Instant::now();
