@@ -463,6 +463,39 @@ mod tests {
         assert_eq!(history.runs[0].repeated_steps, 2);
     }
 
+    proptest::proptest! {
+        /// Foreign bytes are an error or a history, never a panic: whole lines, pieces of them, and pieces turned over.
+        #[test]
+        fn any_bytes(pieces in proptest::collection::vec((0..LINES.len(), 0..120usize, proptest::bits::u8::ANY), 0..12)) {
+            let mut text = Vec::new();
+            for (line, length, flip) in pieces {
+                let line = LINES[line].as_bytes();
+                text.extend(line.iter().take(length));
+                if let Some(last) = text.last_mut().filter(|_| flip < 64) {
+                    *last ^= flip;
+                }
+                if length > line.len() {
+                    text.push(b'\n');
+                }
+            }
+            if let Ok(history) = of(&text) {
+                for run in &history.runs {
+                    let steps: Vec<u64> = run.steps.iter().map(|r| r.step).collect();
+                    proptest::prop_assert!(steps.is_sorted_by(|a, b| a < b));
+                    serde_json::to_string(&run.summary()).unwrap();
+                }
+            }
+        }
+    }
+
+    const LINES: &[&str] = &[
+        r#"{"step":0,"run_name":"a","wall_time":1.0,"learning/loss":2.5,"perf/step_time_seconds":0.5}"#,
+        r#"{"step":1,"learning/loss":null,"non_finite":{"learning/loss":"Infinity"},"perf/memory_bytes":1e300}"#,
+        r#"{"step":5.0, "learning/loss": NaN, "perf/step_time_seconds": -1e308}"#,
+        r#"{"step":3,"eval/avg_loss":1e308,"perf/eval_seconds":1e308}"#,
+        r#"{"step":9007199254740993,"learning/loss":[],"non_finite":7}"#,
+    ];
+
     #[test]
     fn nothing_to_read() {
         let dir = tempfile::tempdir().unwrap();
