@@ -356,6 +356,9 @@ pub fn write_hf(
     Ok(manifest)
 }
 
+/// Gives the bytes of the tensor with this index in the list that the plan was made from.
+pub type Fill<'a> = dyn FnMut(usize, &mut TensorSink<'_>) -> Result<(), Box<dyn Error + Send + Sync>> + 'a;
+
 /// Writes one planned file into a directory that the caller has staged; the file must not exist. `fill` and `progress`
 /// are as in [`write_hf`], for this file alone. Returns the file's digest.
 ///
@@ -364,7 +367,7 @@ pub fn write_hf(
 pub fn write_file(
     dir: &Path,
     file: &PlannedFile,
-    fill: &mut dyn FnMut(usize, &mut TensorSink<'_>) -> Result<(), Box<dyn Error + Send + Sync>>,
+    fill: &mut Fill<'_>,
     progress: &mut dyn FnMut(u64),
 ) -> Result<ManifestFile, WriteError> {
     let mut done = 0;
