@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::jsonl::{MAX_LINE, finite_words};
-use super::{MetricsError, Result, metrics_path};
+use super::{MetricsError, Result, log, metrics_path};
 
 /// A quantity that has a value at every training step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +38,7 @@ pub enum Metric {
     Skipped,
 }
 
-const METRICS: usize = 10;
+pub(super) const METRICS: usize = 10;
 
 /// The key of every metric, in the order of the enumeration.
 const KEYS: [&str; METRICS] = [
@@ -61,7 +61,7 @@ pub struct Row {
     pub step: u64,
     /// When it was logged, in seconds since 1970.
     pub wall_time: Option<f64>,
-    values: [Option<f64>; METRICS],
+    pub(super) values: [Option<f64>; METRICS],
 }
 
 impl Row {
@@ -122,7 +122,7 @@ pub struct History {
 
 const DAMAGED_KEPT: usize = 1000;
 
-/// Reads a run directory or a file of JSON lines.
+/// Reads a run directory, a file of JSON lines, or a log.
 ///
 /// # Errors
 /// When there is no such file, or no line of it holds metrics.
@@ -131,6 +131,7 @@ pub fn read(path: &Path) -> Result<History> {
     let mut history = History { runs: Vec::new(), damaged: Vec::new(), damaged_lines: 0 };
     let mut reader = BufReader::new(fs::File::open(&file)?);
     let mut line = Vec::new();
+    let (mut objects, mut log_lines) = (false, false);
     for number in 1.. {
         line.clear();
         if reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut line)? == 0 {
@@ -139,18 +140,29 @@ pub fn read(path: &Path) -> Result<History> {
         if line.trim_ascii().is_empty() {
             continue;
         }
-        let outcome = match parse(&line) {
+        let reason = match parse(&line) {
             Ok((run_name, record)) => {
+                objects = true;
                 history.run(&file, path, run_name).add(record);
                 continue;
             }
-            Err(_) if !line.ends_with(b"\n") => "the last line was never finished".to_owned(),
             Err(reason) => reason,
         };
+        if let Some(record) = log::parse(&line) {
+            log_lines = true;
+            history.run(&file, path, None).add(record);
+            continue;
+        }
         history.damaged_lines += 1;
         if history.damaged.len() < DAMAGED_KEPT {
-            history.damaged.push(DamagedLine { path: file.clone(), line: number, reason: outcome });
+            let torn = !line.ends_with(b"\n");
+            let reason = if torn { "the last line was never finished".to_owned() } else { reason };
+            history.damaged.push(DamagedLine { path: file.clone(), line: number, reason });
         }
+    }
+    if log_lines && !objects {
+        // A log says other things as well.
+        (history.damaged, history.damaged_lines) = (Vec::new(), 0);
     }
     history.runs.retain(|run| !run.steps.is_empty() || !run.evals.is_empty());
     if history.runs.is_empty() { Err(MetricsError::NoMetrics { path: path.to_owned() }) } else { Ok(history) }
@@ -166,7 +178,7 @@ fn locate(path: &Path) -> Result<PathBuf> {
         .ok_or_else(|| MetricsError::NoMetrics { path: path.to_owned() })
 }
 
-enum Record {
+pub(super) enum Record {
     Step(Row),
     Eval(EvalRow),
     /// Something else that is known to occur, such as MaxText's averages in the midst of an evaluation.
@@ -431,6 +443,14 @@ mod tests {
         assert_eq!((s.steps, s.final_eval_loss, s.median_step_seconds), (2, Some(7.0), Some(1.0)));
         assert_eq!((s.non_finite_losses, s.median_mfu, s.data_wait_share), (1, None, None));
         assert_eq!(history.runs[0].evals.len(), 1);
+    }
+
+    #[test]
+    fn a_log() {
+        let text = format!("starting\n{}\nW1124 something else\n{}\n", sample(0).line(), sample(1).line());
+        let history = of(text.as_bytes()).unwrap();
+        assert_eq!((history.runs[0].steps.len(), history.damaged_lines), (2, 0));
+        assert_eq!(history.runs[0].summary().final_loss, Some(8.917));
     }
 
     #[test]
