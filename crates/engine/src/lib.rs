@@ -14,6 +14,7 @@ pub mod model;
 pub mod peak;
 pub mod rng;
 pub mod runtime;
+pub mod train;
 pub mod verify;
 
 pub use error::{EngineError, Result};

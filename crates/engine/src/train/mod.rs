@@ -1,0 +1,4 @@
+//! Training: programs, optimizer, schedule.
+
+pub mod optimizer;
+pub mod step;
