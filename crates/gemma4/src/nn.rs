@@ -153,9 +153,10 @@ pub(crate) fn masked_softmax(g: &Graph, scores: Value, allowed: Value, dtype: DT
     Ok(g.custom_vjp(&[scores, allowed], forward, backward)?[0])
 }
 
-/// `x` `[.., k]` times the transpose of `w` `[n, k]`, accumulated in f32 (f64) and rounded once to `dtype`.
+/// `x` `[.., k]` times the transpose of `w` `[n, k]`, in `dtype`.
 ///
-/// Asking for narrow results would leave the accumulator's precision to the library behind the product.
+/// The result is asked for in the operands' own dtype, for which every library has its fastest kernel; all of them accumulate
+/// in f32.
 pub(crate) fn project(g: &Graph, x: Value, w: Value, dtype: DType) -> Result<Value> {
-    g.convert(g.matmul_nt(x, w, wide(dtype))?, dtype)
+    g.matmul_nt(x, w, dtype)
 }
