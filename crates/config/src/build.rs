@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::check;
 use crate::choice::{
     Attention, DatasetKind, DecayStyle, DecoderBlock, FloatType, GateActivation, Hardware, MatmulPrecision,
-    OptimizerKind, Profiler, RematPolicy, SamplingStrategy, ScheduleKind,
+    OptimizerKind, PackingKind, Profiler, RematPolicy, SamplingStrategy, ScheduleKind,
 };
 use crate::error::Error;
 use crate::layer::RawConfig;
@@ -234,11 +234,13 @@ pub(crate) fn resolve(raw: RawConfig) -> Result<Config, Error> {
             add_eos: r.bool("add_eos"),
             use_truncation: r.bool("use_truncation"),
             packing: r.bool("packing"),
+            packing_kind: r.word("grain_packing_type", PackingKind::from_word, PackingKind::FirstFit),
             num_epoch: r.size("num_epoch"),
             enable_data_shuffling: r.bool("enable_data_shuffling"),
             data_shuffle_seed: r.size("data_shuffle_seed") as u64,
             generate_padding_batch_train: r.bool("generate_padding_batch_train"),
             generate_padding_batch_eval: r.bool("generate_padding_batch_eval"),
+            abort_on_bad_data: r.bool("abort_on_bad_data"),
         },
         checkpoint: Checkpoint {
             enable: r.bool("enable_checkpointing"),

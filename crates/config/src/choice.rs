@@ -139,6 +139,14 @@ choices! {
         Hf = "hf",
     }
 
+    /// How documents are packed into sequences.
+    PackingKind {
+        /// Whole documents, each into the first open sequence with room.
+        FirstFit = "first_fit",
+        /// One stream of tokens, cut where a sequence ends.
+        ConcatThenSplit = "concat_then_split",
+    }
+
     /// How the next token is chosen.
     SamplingStrategy {
         /// The most likely token.

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::choice::{
     Attention, DatasetKind, DecayStyle, DecoderBlock, FloatType, GateActivation, Hardware, MatmulPrecision,
-    OptimizerKind, Profiler, RematPolicy, SamplingStrategy, ScheduleKind,
+    OptimizerKind, PackingKind, Profiler, RematPolicy, SamplingStrategy, ScheduleKind,
 };
 use crate::error::{Error, Problem};
 use crate::layer::{Note, Origin, RawConfig};
@@ -297,6 +297,8 @@ pub struct Data {
     pub use_truncation: bool,
     /// Several documents in a sequence.
     pub packing: bool,
+    /// How documents are packed.
+    pub packing_kind: PackingKind,
     /// Passes over the text.
     pub num_epoch: usize,
     /// Whether to shuffle.
@@ -307,6 +309,8 @@ pub struct Data {
     pub generate_padding_batch_train: bool,
     /// Go on with empty evaluation batches.
     pub generate_padding_batch_eval: bool,
+    /// Stop at the first bad document.
+    pub abort_on_bad_data: bool,
 }
 
 /// Saving and restoring.

@@ -11,6 +11,7 @@ use pjrt::{Buffer, Executable, Placement};
 use rayon::prelude::*;
 use tensor::{DType, HostArray, Shape};
 
+use crate::rows::RowTable;
 use crate::runtime::compile_options;
 use crate::{EngineError, Model, Result, Runtime};
 
@@ -50,6 +51,8 @@ pub struct Placed {
     pub copied: usize,
     /// Their bytes.
     pub copied_bytes: usize,
+    /// Bytes of the per-layer table that went to a temporary file, because its rows cannot be used where they are stored.
+    pub spooled_bytes: u64,
 }
 
 /// Time spent on programs.
@@ -70,6 +73,7 @@ pub struct Session<'r> {
     model: Arc<Model>,
     dtype: DType,
     weights: HashMap<String, Buffer>,
+    rows: Option<RowTable>,
     placed: Placed,
     programs: Mutex<Programs>,
 }
@@ -112,11 +116,12 @@ impl<'r> Session<'r> {
             *bytes += buffer.size_in_bytes();
             weights.insert(name, buffer);
         }
-        if model.arch().per_layer_input().is_some() {
-            // Rows are looked up all over the table: reading ahead would only fill memory.
-            model.tensor(EMBED_TOKENS_PER_LAYER).bytes.advise_random();
-        }
-        Ok(Session { runtime, model, dtype, weights, placed, programs: Mutex::default() })
+        let rows = match model.arch().per_layer_input() {
+            Some(_) => Some(RowTable::new(&model, EMBED_TOKENS_PER_LAYER)?),
+            None => None,
+        };
+        placed.spooled_bytes = rows.as_ref().map_or(0, RowTable::spooled);
+        Ok(Session { runtime, model, dtype, weights, rows, placed, programs: Mutex::default() })
     }
 
     /// The model.
@@ -156,8 +161,10 @@ impl<'r> Session<'r> {
             Ok(client.buffer_from_host(&HostArray::from_slice(shape.clone(), values)?, 0)?)
         };
         let mut inputs = vec![int_input(&batch.ids)?];
-        if self.model.arch().per_layer_input().is_some() {
-            inputs.push(client.buffer_from_owned(self.per_layer_rows(batch)?, 0)?.0);
+        if let Some(rows) = &self.rows {
+            // Ids were checked above.
+            let rows = rows.gather(&batch.ids, [batch.batch, batch.seq, rows.columns()])?;
+            inputs.push(client.buffer_from_owned(rows, 0)?.0);
         }
         if let Some(segments) = &batch.segments {
             inputs.push(int_input(segments)?);
@@ -233,23 +240,11 @@ impl<'r> Session<'r> {
         Ok(())
     }
 
-    /// Gathers `[b, t, l * p]` from the mapped table. Ids are checked before.
-    fn per_layer_rows(&self, batch: &Batch) -> Result<HostArray> {
-        let table = self.model.tensor(EMBED_TOKENS_PER_LAYER);
-        let columns = table.shape[1];
-        let width = columns * table.dtype.size();
-        let mut rows = HostArray::zeros(table.dtype, [batch.batch, batch.seq, columns])?;
-        let source = table.bytes.as_slice();
-        for (&id, row) in batch.ids.iter().zip(rows.bytes_mut().chunks_exact_mut(width)) {
-            row.copy_from_slice(&source[id as usize * width..][..width]);
-        }
-        Ok(rows)
-    }
-
     /// The dtype a weight has on the device.
     fn placed_dtype(&self, name: &str) -> DType {
         // The per-layer table is not placed; its rows come as they are stored.
-        self.weights.get(name).map_or_else(|| self.model.stored_dtype(name), Buffer::dtype)
+        let rows = || self.rows.as_ref().map_or(self.dtype, RowTable::dtype);
+        self.weights.get(name).map_or_else(rows, Buffer::dtype)
     }
 
     fn body_program(&self, batch: &Batch, trace: Trace) -> Result<Arc<Body>> {
@@ -305,10 +300,16 @@ impl Programs {
 
 /// Puts one weight on the device: in place where the file aligns it, else in aligned memory.
 fn place(runtime: &Runtime, model: &Model, name: &str, dtype: DType) -> Result<(Buffer, Placement)> {
-    let view = model.tensor(name);
     let client = runtime.client();
+    let too_wide = |d: DType| d.size() > dtype.size() || (dtype == DType::BF16 && d != dtype);
+    let Some(view) = model.mapped(name) else {
+        let read = model.read(name)?;
+        let from = read.dtype();
+        let read = if too_wide(from) { narrow(from, read.bytes(), read.shape().clone(), dtype)? } else { read };
+        return Ok((client.buffer_from_owned(read, 0)?.0, Placement::Copied));
+    };
     let bytes = view.bytes.as_slice();
-    if view.dtype.size() > dtype.size() || (dtype == DType::BF16 && view.dtype != dtype) {
+    if too_wide(view.dtype) {
         let converted = narrow(view.dtype, bytes, view.shape.clone(), dtype)?;
         view.bytes.advise_dont_need();
         let (buffer, _) = client.buffer_from_owned(converted, 0)?;

@@ -1,83 +1,148 @@
-//! A checkpoint opened as a model: architecture, tensors, and an account of everything found.
+//! A checkpoint opened as a model: architecture, and every parameter as Hugging Face has it.
 
+use std::collections::HashMap;
 use std::path::Path;
 
-use checkpoint::binding::{BindReport, Binding, Expected, NameRules, UnusedRule, bind};
-use checkpoint::hf::HfDirectory;
+use checkpoint::binding::{BindReport, NameRules, UnusedRule};
+use checkpoint::copy::{Item, ItemReader};
 use checkpoint::safetensors::TensorView;
-use gemma4::hf::{HfModel, PREFIXES, expected_unused};
-use gemma4::{Arch, param_table};
-use tensor::DType;
+use gemma4::Arch;
+use gemma4::hf::{PREFIXES, expected_unused};
+use tensor::{DType, HostArray};
 
+use crate::convert::{Checkpoint, Hints, Param, Weights};
 use crate::{EngineError, Result};
 
-/// A Gemma 4 text checkpoint: mapped, checked, nothing read yet.
+/// Bytes read at a time: enough to go through chunks once, little enough to stay in the cache.
+const PIECE: usize = 4 << 20;
+
+/// A Gemma 4 text model, from a Hugging Face directory or an Orbax checkpoint as MaxText writes it: checked, nothing read
+/// yet.
+///
+/// Either way parameters have Hugging Face's names and come in its convention: matrices `[out, in]`, the token table
+/// unscaled.
 #[derive(Debug)]
 pub struct Model {
-    directory: HfDirectory,
-    hf: HfModel,
-    binding: Binding,
+    weights: Weights,
+    index: HashMap<String, usize>,
 }
 
 impl Model {
-    /// Opens a Hugging Face directory in any of its spellings.
+    /// Opens a Hugging Face directory in any of its spellings, or an Orbax checkpoint: its items, a step or a run.
     ///
     /// # Errors
-    /// When a file is damaged, the configuration is not one of a Gemma 4 text model, or a tensor is missing or misshapen.
+    /// When a file is damaged, the configuration is not one of a Gemma 4 text model, or a tensor is missing or misshapen;
+    /// [`EngineError::NoArchitecture`] for an Orbax checkpoint that no conversion of ours wrote.
     pub fn open(path: &Path) -> Result<Self> {
-        let directory = HfDirectory::open(path)?;
-        let config_path = directory.path().join("config.json");
-        let config = directory.config().ok_or_else(|| EngineError::File {
-            path: config_path.clone(),
-            reason: "not found; a model directory needs its config.json".into(),
-        })?;
-        let hf = HfModel::from_config(config).map_err(|source| EngineError::Arch { path: config_path, source })?;
-        let expected: Vec<Expected> =
-            param_table(&hf.arch).into_iter().map(|p| Expected { name: p.name, shape: p.shape }).collect();
-        let binding = bind(&directory, &expected, &name_rules(&hf.arch))?;
-        Ok(Model { directory, hf, binding })
+        Self::open_with(path, &Hints::default())
+    }
+
+    /// As [`open`](Self::open), with an architecture for a checkpoint that does not tell its own.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with(path: &Path, hints: &Hints<'_>) -> Result<Self> {
+        Ok(Self::new(Weights::open(path, hints)?))
+    }
+
+    /// The model of a checkpoint that is open already.
+    #[must_use]
+    pub fn new(weights: Weights) -> Self {
+        let index = weights.params.iter().enumerate().map(|(i, p)| (p.spec.name.clone(), i)).collect();
+        Model { weights, index }
     }
 
     /// Where it lies.
     #[must_use]
     pub fn path(&self) -> &Path {
-        self.directory.path()
+        self.weights.checkpoint.path()
     }
 
     /// The architecture.
     #[must_use]
     pub fn arch(&self) -> &Arch {
-        &self.hf.arch
+        &self.weights.arch
     }
 
-    /// The directory.
+    /// The checkpoint behind it: format, configuration, origin of every parameter.
     #[must_use]
-    pub fn directory(&self) -> &HfDirectory {
-        &self.directory
+    pub fn weights(&self) -> &Weights {
+        &self.weights
     }
 
-    /// What was odd in the configuration.
+    /// What was odd in the configuration or the checkpoint.
     #[must_use]
     pub fn notes(&self) -> &[String] {
-        &self.hf.notes
+        &self.weights.notes
     }
 
-    /// What was found: used, left over, by reason.
+    /// What was found in a Hugging Face directory: used, left over, by reason.
     #[must_use]
-    pub fn report(&self) -> &BindReport {
-        &self.binding.report
+    pub fn report(&self) -> Option<&BindReport> {
+        self.weights.report.as_ref()
     }
 
-    /// The tensor of a parameter. Every name of the parameter table is there: [`Model::open`] made sure.
-    #[must_use]
-    pub fn tensor(&self, name: &str) -> &TensorView {
-        &self.binding.tensors[name]
+    fn param(&self, name: &str) -> Result<&Param> {
+        let param = self.index.get(name).and_then(|&i| self.weights.params.get(i));
+        param.ok_or_else(|| EngineError::Input(format!("{name} is no parameter of {}", self.path().display())))
     }
 
-    /// The dtype a parameter is stored in.
+    /// The element type in which [`read`](Self::read) gives a parameter: that of its file, except that MaxText's token
+    /// table, which may be stored more precisely, has the type it had, or that of the other weights.
+    ///
+    /// # Errors
+    /// When the model has no such parameter.
+    pub fn dtype(&self, name: &str) -> Result<DType> {
+        Ok(self.param(name)?.hf_dtype)
+    }
+
+    /// A parameter in place in its mapped file; `None` if it is not stored as Hugging Face has it, in one piece.
     #[must_use]
-    pub fn stored_dtype(&self, name: &str) -> DType {
-        self.tensor(name).dtype
+    pub fn mapped(&self, name: &str) -> Option<TensorView> {
+        match &self.weights.checkpoint {
+            Checkpoint::Hf(dir) => dir.tensor(&self.param(name).ok()?.from),
+            Checkpoint::Orbax(_) => None,
+        }
+    }
+
+    /// Reads a parameter: row-major, in the shape of the parameter table. Every checksum on the way is verified.
+    ///
+    /// # Errors
+    /// When the model has no such parameter, the checkpoint is damaged, or memory is short.
+    pub fn read(&self, name: &str) -> Result<HostArray> {
+        let param = self.param(name)?;
+        if let Some(view) = self.mapped(name) {
+            return Ok(HostArray::from_bytes(view.dtype, view.shape.clone(), view.bytes.as_slice())?);
+        }
+        let mut out = HostArray::zeros(param.hf_dtype, param.spec.shape.clone())?;
+        let mut rest = out.bytes_mut();
+        self.read_pieces(name, &mut |reader, region| {
+            // Boxes come in order and are dense, so each is the next part of the array.
+            let bytes = region.elements() * param.hf_dtype.size();
+            let (piece, after) = std::mem::take(&mut rest)
+                .split_at_mut_checked(bytes)
+                .ok_or_else(|| EngineError::Input(format!("{name}: its pieces exceed its shape")))?;
+            rest = after;
+            Ok(reader.read_into(region, piece)?)
+        })?;
+        Ok(out)
+    }
+
+    /// Calls `f` with every consecutive box of a parameter and what reads it.
+    pub(crate) fn read_pieces(
+        &self,
+        name: &str,
+        f: &mut dyn FnMut(&mut ItemReader<'_>, &checkpoint::orbax::Region) -> Result<()>,
+    ) -> Result<()> {
+        let item: Item = self.weights.hf_item(self.param(name)?);
+        let stores = [self.weights.checkpoint.store()];
+        let mut reader = ItemReader::new(&stores, &item)?;
+        let grain = reader.grain();
+        for region in reader.boxes(PIECE, grain) {
+            f(&mut reader, &region)?;
+        }
+        reader.done();
+        Ok(())
     }
 }
 

@@ -51,6 +51,28 @@ impl<'a> ItemReader<'a> {
             )]));
         }
         out.resize(region.elements() * self.item.dtype.size(), 0);
+        self.read_into(region, out)
+    }
+
+    /// As [`read`](Self::read), into memory that has the box's size.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read); also when `out` has another size.
+    pub fn read_into(&mut self, region: &Region, out: &mut [u8]) -> Result<(), CopyError> {
+        let fits = region.fits(&self.item.shape) && out.len() == region.elements() * self.item.dtype.size();
+        if !fits {
+            return Err(CopyError::Items(vec![format!(
+                "{}: {region} of {} into {} bytes",
+                self.item.from,
+                self.item.shape,
+                out.len()
+            )]));
+        }
         self.reader.read(region, out, &mut self.scratch)
+    }
+
+    /// Says that nothing more will be read: mapped pages stop counting as this process's memory.
+    pub fn done(&self) {
+        self.reader.done();
     }
 }

@@ -11,8 +11,8 @@ use gemma4::decoder::Trace;
 use serde_json::json;
 use tensor::DType;
 
-use super::verify::{open, place};
-use super::{CommandResult, EngineArgs, Failure, Outcome};
+use super::verify::place;
+use super::{ArchArgs, CommandResult, EngineArgs, Failure, Outcome};
 use crate::ui::{Ui, seconds};
 
 /// Time a model's forward pass on this machine, all logits included, compilation excluded.
@@ -21,7 +21,7 @@ use crate::ui::{Ui, seconds};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  lapidary bench ./gemma-4-E2B-it --tokens 128,512 --dtype bfloat16")]
 pub(crate) struct Args {
-    /// A Hugging Face model directory.
+    /// The model: a Hugging Face directory or a MaxText checkpoint.
     model: PathBuf,
     /// Sequence lengths.
     #[arg(long, value_name = "N,N,...", value_delimiter = ',', default_value = "128,512")]
@@ -39,6 +39,8 @@ pub(crate) struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    arch: ArchArgs,
+    #[command(flatten)]
     engine: EngineArgs,
 }
 
@@ -46,7 +48,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     if args.tokens.contains(&0) || args.repeat == 0 {
         return Err(Failure::usage("--tokens and --repeat must be at least 1"));
     }
-    let model = Arc::new(open(ui, &args.model)?);
+    let model = Arc::new(args.arch.open(ui, &args.model, None)?);
     let runtime = args.engine.start(ui)?;
     let session = place(ui, &runtime, &model, args.dtype)?;
     let mut rows = Vec::new();

@@ -222,7 +222,13 @@ fn settings(args: &Args) -> Result<Settings, Failure> {
 /// Opens a checkpoint as a model and says what was found.
 pub(super) fn open(ui: &Ui, path: &Path, hints: &Hints<'_>) -> Result<Weights, Failure> {
     let source = Weights::open(path, hints).map_err(no_architecture)?;
-    ui.say(format!("{}: {}", path.display(), format_line(&source)));
+    say_found(ui, path, &source);
+    Ok(source)
+}
+
+/// Says what was found in a checkpoint.
+pub(super) fn say_found(ui: &Ui, path: &Path, source: &Weights) {
+    ui.say(format!("{}: {}, {}", path.display(), format_line(source), bytes(source.bytes())));
     ui.say(format!("  {}", describe(&source.arch)));
     if let Some(report) = &source.report {
         for (label, count) in &report.unused_expected {
@@ -241,7 +247,6 @@ pub(super) fn open(ui: &Ui, path: &Path, hints: &Hints<'_>) -> Result<Weights, F
     for note in &source.notes {
         ui.say(format!("  note: {note}"));
     }
-    Ok(source)
 }
 
 /// An architecture that nothing tells is a matter of usage.

@@ -13,9 +13,10 @@ pub(crate) mod quickstart;
 pub(crate) mod verify;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use engine::{Runtime, RuntimeOptions};
+use engine::convert::{Checkpoint, Convention, Hints, Weights};
+use engine::{EngineError, Model, Runtime, RuntimeOptions};
 
 use crate::ui::Ui;
 
@@ -113,6 +114,38 @@ impl EngineArgs {
             progress: Some(&progress),
             ..RuntimeOptions::default()
         })?)
+    }
+}
+
+/// What tells the architecture of a MaxText checkpoint that does not tell it itself.
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct ArchArgs {
+    /// The architecture of a MaxText checkpoint that does not tell it, in MaxText's keys: model_name=gemma4-e2b ...
+    #[arg(value_name = "KEY=VALUE")]
+    words: Vec<String>,
+    /// The same, from this config.json.
+    #[arg(long, value_name = "FILE", conflicts_with = "words")]
+    config: Option<PathBuf>,
+}
+
+impl ArchArgs {
+    /// Opens a model and says what was found. `base` tells the architecture where nothing else does.
+    pub(crate) fn open(&self, ui: &Ui, path: &Path, base: Option<&Model>) -> Result<Model, Failure> {
+        let checkpoint = Checkpoint::open(path)?;
+        // A Hugging Face directory always tells its own.
+        let hints = if checkpoint.convention() == Convention::Hf {
+            Hints::default()
+        } else {
+            let arch = if self.words.is_empty() { None } else { Some(init::arch_of(&self.words)?) };
+            Hints { config: self.config.as_deref(), arch, base: base.map(Model::weights) }
+        };
+        let weights = Weights::find(checkpoint, &hints).map_err(|e| match e {
+            EngineError::NoArchitecture { .. } => Failure::usage(e)
+                .hint("give --config config.json of the model, or MaxText's keys, such as model_name=gemma4-e2b"),
+            other => other.into(),
+        })?;
+        convert::say_found(ui, path, &weights);
+        Ok(Model::new(weights))
     }
 }
 

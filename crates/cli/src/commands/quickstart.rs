@@ -80,8 +80,8 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     ui.say(format!(
         "{}: {} tensors, {}; {} layers, of which {} borrow keys and values ({})",
         model_dir.display(),
-        model.report().used.tensors,
-        bytes(model.report().used.bytes),
+        model.weights().params.len(),
+        bytes(model.weights().bytes()),
         arch.layers().len(),
         borrowers.len(),
         borrowers.join(", ")

@@ -21,7 +21,7 @@ use crate::ui::{Ui, bytes, seconds};
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// A Hugging Face model directory.
+    /// The model: a Hugging Face directory or a MaxText checkpoint (items, a step or a run).
     model: PathBuf,
     /// A golden file: .safetensors (input_ids, logits or logits_last, attention_mask) or MaxText's .jsonl.
     #[arg(long, value_name = "FILE", required_unless_present_any = ["against", "known_answers"])]
@@ -61,6 +61,8 @@ pub(crate) struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    arch: super::ArchArgs,
+    #[command(flatten)]
     engine: super::EngineArgs,
 }
 
@@ -76,6 +78,7 @@ Examples:
   lapidary verify ./gemma-4-E2B-it --golden e2b.safetensors
   lapidary verify ./fine-tuned --golden e2b.safetensors --trace --report card.json
   lapidary verify ./converted --against ./original --lengths 16,600
+  lapidary verify ./run/checkpoints/900 --golden e2b.safetensors model_name=gemma4-e2b
   lapidary verify ./gemma-4-E2B-it --known-answers
 
 scripts/golden_from_hf.py makes a golden file from any Hugging Face directory and prompts.
@@ -94,8 +97,7 @@ const SMALL: u64 = 2_000_000_000;
 pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     // Cheap mistakes first: the files, before a device is started.
     let golden = args.golden.as_deref().map(Golden::open).transpose()?;
-    let model = Arc::new(open(ui, &args.model)?);
-    let against = args.against.as_deref().map(|p| open(ui, p)).transpose()?.map(Arc::new);
+    let (model, against) = models(ui, args)?;
     let tolerances = Tolerances {
         max_kl_div: args.max_kl_div,
         max_abs_diff: args.max_abs_diff,
@@ -163,27 +165,16 @@ fn compute_dtype(args: &Args, model: &Model, tokens: usize) -> DType {
     }
 }
 
-/// Opens a model and says what was found.
-pub(crate) fn open(ui: &Ui, path: &Path) -> Result<Model, Failure> {
-    let model = Model::open(path)?;
-    let report = model.report();
-    ui.say(format!(
-        "{}: {} tensors used ({}), prefix `{}`",
-        path.display(),
-        report.used.tensors,
-        bytes(report.used.bytes),
-        report.prefix
-    ));
-    for (label, count) in &report.unused_expected {
-        ui.say(format!("  not used, as expected: {} tensors ({}), {label}", count.tensors, bytes(count.bytes)));
-    }
-    for (name, size) in &report.unused_unexpected {
-        ui.say(format!("  not used, unexpected: {name} ({})", bytes(*size)));
-    }
-    for note in model.notes() {
-        ui.say(format!("  note: {note}"));
-    }
-    Ok(model)
+/// Opens the model and the one to compare it with. Either can tell the other's architecture.
+fn models(ui: &Ui, args: &Args) -> Result<(Arc<Model>, Option<Arc<Model>>), Failure> {
+    let Some(other) = &args.against else { return Ok((Arc::new(args.arch.open(ui, &args.model, None)?), None)) };
+    let reference = args.arch.open(ui, other, None);
+    let model = args.arch.open(ui, &args.model, reference.as_ref().ok())?;
+    let reference = match reference {
+        Err(_) => args.arch.open(ui, other, Some(&model))?,
+        Ok(reference) => reference,
+    };
+    Ok((Arc::new(model), Some(Arc::new(reference))))
 }
 
 /// Places a model's weights and says how.
@@ -204,6 +195,12 @@ pub(crate) fn place<'r>(
         bytes(p.mapped_bytes as u64),
         bytes(p.copied_bytes as u64)
     ));
+    if p.spooled_bytes > 0 {
+        ui.say(format!(
+            "the per-layer table cannot be used where it is stored: {} went to a temporary file",
+            bytes(p.spooled_bytes)
+        ));
+    }
     Ok(session)
 }
 

@@ -56,7 +56,7 @@ fn assert_same_parameters(a: &Path, b: &Path) {
     let table = param_table(a.arch());
     assert!(table.len() > 50);
     for p in table {
-        let (x, y) = (a.tensor(&p.name), b.tensor(&p.name));
+        let (x, y) = (a.mapped(&p.name).unwrap(), b.mapped(&p.name).unwrap());
         assert_eq!((x.dtype, &x.shape), (y.dtype, &y.shape), "{}", p.name);
         assert!(*x.bytes == *y.bytes, "{} differs", p.name);
     }
@@ -407,7 +407,7 @@ fn differences_are_found_and_measured() {
     let tmp = tempfile::tempdir().unwrap();
     let changed = tmp.path().join("changed");
     copy_dir(&source, &changed);
-    let name = Model::open(&source).unwrap().tensor("layers.1.mlp.up_proj.weight").name.clone();
+    let name = Model::open(&source).unwrap().mapped("layers.1.mlp.up_proj.weight").unwrap().name;
     let (offset, dtype) = {
         let dir = HfDirectory::open(&source).unwrap();
         let view = dir.tensor(&name).unwrap();

@@ -5,10 +5,12 @@
 
 mod config;
 mod convert;
+mod convert_faults;
 mod doctor;
 mod flops;
 mod plugin;
 mod verify;
+mod verify_maxtext;
 
 use std::process::Command;
 

@@ -1,7 +1,7 @@
 //! Training and evaluation text.
 
 use super::{Category, Key, within};
-use crate::choice::DatasetKind;
+use crate::choice::{DatasetKind, PackingKind};
 use crate::value::Literal;
 
 const PIPELINE: &str = "that input pipeline is not part of this project; convert the data to JSON lines or Parquet and \
@@ -35,7 +35,8 @@ pub(super) const KEYS: &[Key] = &within(
         Key::path(
             "tokenizer_path",
             "",
-            "A tokenizer.json, or a directory that holds one; empty means the checkpoint's own.",
+            "A tokenizer.json, or a directory that holds one; empty means the checkpoint's own. The word `bytes` means \
+             the built-in tokenizer: one token a byte, for any vocabulary of at least 260.",
         ),
         Key::choice("tokenizer_type", &["huggingface"], "huggingface", "Format of the tokenizer.")
             .differs(Literal::Text("sentencepiece"), "the models' own tokenizer files are in Hugging Face's format")
@@ -49,6 +50,14 @@ pub(super) const KEYS: &[Key] = &within(
         Key::bool("add_eos", true, "Puts the end token behind each document."),
         Key::bool("use_truncation", true, "Cuts documents that are longer than a sequence; false splits them."),
         Key::bool("packing", true, "Fills a sequence with several documents, which do not see each other."),
+        Key::choice(
+            "grain_packing_type",
+            PackingKind::WORDS,
+            "first_fit",
+            "How documents are packed: `first_fit` keeps those that fit in a sequence whole, `concat_then_split` leaves \
+             no place empty and cuts where a sequence ends.",
+        )
+        .refuse(&[("best_fit", "use `first_fit`, which keeps many sequences open and wastes about as little")]),
         Key::int("num_epoch", 1, "Passes over the training text.").at_least(1),
         Key::bool("enable_data_shuffling", true, "Shuffles the training text."),
         Key::int("data_shuffle_seed", 0, "Seed of the shuffle."),
@@ -60,6 +69,13 @@ pub(super) const KEYS: &[Key] = &within(
             "Goes on with empty batches when the training text ends before the last step.",
         ),
         Key::bool("generate_padding_batch_eval", false, "Fills the last evaluation round with empty batches."),
+        Key::bool(
+            "abort_on_bad_data",
+            false,
+            "Stops at the first document that cannot be used (damaged JSON, a missing column, invalid UTF-8); false \
+             counts and reports them.",
+        )
+        .own(),
         Key::text("hf_access_token", "", "Token for downloads from the model hub.")
             .only("nothing is downloaded from the hub; give local files"),
     ],

@@ -497,7 +497,6 @@ pub const GROUPS: &[Group] = &[
             ("grain_eval_files", Some(Text(""))),
             ("grain_train_mixture_config_path", Some(Text(""))),
             ("grain_file_type", Some(Text("arrayrecord"))),
-            ("grain_packing_type", Some(Text("first_fit"))),
             ("grain_worker_count", Some(Int(1))),
             ("grain_per_worker_buffer_size", Some(Int(1))),
             ("grain_num_threads", Some(Int(16))),

@@ -252,6 +252,13 @@ impl Weights {
         dominant(self.params.iter().map(|p| (p.hf_dtype, p.spec.shape.elements())))
     }
 
+    /// Bytes of all parameters as they are stored, uncompressed.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let size = |p: &Param| (p.spec.shape.elements() as u64).saturating_mul(p.dtype.size() as u64);
+        self.params.iter().map(size).fold(0, u64::saturating_add)
+    }
+
     /// The checkpoint's entries that belong to no parameter: names as stored.
     #[must_use]
     pub fn leftover(&self) -> Vec<String> {

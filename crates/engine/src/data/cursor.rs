@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::DataError;
+use super::index::FileMark;
+use super::pack::Places;
 
 /// Where a stream of batches stands; part of a checkpoint.
 ///
@@ -23,6 +25,27 @@ pub(super) enum Stream {
     Synthetic,
     /// A fixed list of batches.
     Fixed,
+    /// Files of documents.
+    Text(Box<TextCursor>),
+}
+
+/// Where a stream of documents stands.
+///
+/// Rows that are being filled are kept as places in documents; their tokens are read again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct TextCursor {
+    /// What must be the same, by the names of the keys.
+    pub(super) settings: Vec<(String, String)>,
+    /// The files.
+    pub(super) files: Vec<FileMark>,
+    /// Epochs that were completed.
+    pub(super) epoch: u64,
+    /// Number of the next document in the order of the epoch.
+    pub(super) position: u64,
+    /// A document of which only some tokens are in rows: its number in the index, and how many.
+    pub(super) current: Option<(u64, u64)>,
+    /// Rows that are being filled, and rows that are full and not yet handed out.
+    pub(super) rows: Places,
 }
 
 impl Stream {
@@ -30,6 +53,7 @@ impl Stream {
         match self {
             Stream::Synthetic => "synthetic data",
             Stream::Fixed => "a list of batches",
+            Stream::Text(_) => "text files",
         }
     }
 }

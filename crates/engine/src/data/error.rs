@@ -48,6 +48,28 @@ pub enum DataError {
         /// Tokens per row.
         seq: usize,
     },
+    /// A document that cannot be used, where that is fatal.
+    #[error("{0} (`abort_on_bad_data=false` leaves such documents out)")]
+    Document(super::BadDocument),
+    /// Nothing to train on.
+    #[error("{files}: {reason}")]
+    Empty {
+        /// The files.
+        files: String,
+        /// Why.
+        reason: String,
+    },
+    /// Not even one batch.
+    #[error(
+        "the documents fill {ready} sequences, and a batch has {rows}: use a smaller batch, more epochs (`num_epoch`), or \
+         `generate_padding_batch_train=true`"
+    )]
+    TooFew {
+        /// Sequences there are.
+        ready: usize,
+        /// Sequences of a batch.
+        rows: usize,
+    },
     /// A token id that the model has no row for.
     #[error("{at}: token id {id} is outside the model's vocabulary of {vocab_size}")]
     Vocabulary {

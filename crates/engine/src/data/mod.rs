@@ -8,15 +8,26 @@
 //! row; a *row* is one sequence of a batch; a *segment* is a piece within a row, numbered from 1, 0 being padding.
 
 mod cursor;
+mod document;
 mod error;
+mod files;
 mod fixed;
+mod index;
+mod open;
+mod order;
+mod pack;
 mod prefetch;
 mod report;
+mod spool;
 mod synthetic;
+#[cfg(test)]
+mod tests;
+mod text;
+mod tokenizer;
 
 use std::path::Path;
 
-use config::{Config, DatasetKind};
+use config::Config;
 
 pub use cursor::Cursor;
 pub use error::DataError;
@@ -24,6 +35,7 @@ pub use fixed::FixedBatches;
 pub use prefetch::Prefetch;
 pub use report::{BadDocument, DataReport};
 pub use synthetic::Synthetic;
+pub use tokenizer::{BYTES, BYTES_VOCAB_SIZE, Tokenizer};
 
 /// A result of this module.
 pub type Result<T> = std::result::Result<T, DataError>;
@@ -112,7 +124,7 @@ impl<T: BatchSource + ?Sized> BatchSource for Box<T> {
 /// Opens the training data of a configuration: batches of `rows` sequences of `max_target_length` tokens.
 ///
 /// `vocab_size` bounds the token ids. `model_tokenizer` is the directory of the model's checkpoint, or its
-/// tokenizer.json; it is used when `tokenizer_path` is empty.
+/// tokenizer.json; it is used when `tokenizer_path` is empty. All files are read once, to find the documents.
 ///
 /// # Errors
 /// When files or tokenizer are missing or damaged, or do not fit the model.
@@ -122,18 +134,13 @@ pub fn open_train(
     model_tokenizer: Option<&Path>,
     rows: usize,
 ) -> Result<Box<dyn BatchSource>> {
-    check_sizes(vocab_size, rows, config.run.max_target_length)?;
-    match config.data.dataset_type {
-        DatasetKind::Synthetic => Ok(Box::new(Synthetic::new(rows, config.run.max_target_length, vocab_size))),
-        DatasetKind::Hf => {
-            let tokenizer = model_tokenizer.map_or_else(|| "no tokenizer".to_owned(), |p| p.display().to_string());
-            let reason = format!("files are not read yet in this version ({tokenizer})");
-            Err(DataError::Key { key: "dataset_type", reason })
-        }
-    }
+    open::open(config, open::Part::Train, vocab_size, model_tokenizer, rows)
 }
 
 /// Opens the evaluation data of a configuration; `None` when it asks for no evaluation. See [`open_train`].
+///
+/// Documents come once and in the order of the files, and empty rows fill the last batch. To evaluate again, restore the
+/// cursor of the beginning.
 ///
 /// # Errors
 /// As [`open_train`]; also when evaluation is asked for and no data for it is named.
@@ -146,7 +153,7 @@ pub fn open_eval(
     if config.output.eval_interval.is_none() {
         return Ok(None);
     }
-    open_train(config, vocab_size, model_tokenizer, rows).map(Some)
+    open::open(config, open::Part::Eval, vocab_size, model_tokenizer, rows).map(Some)
 }
 
 /// Refuses sizes that no batch can have.

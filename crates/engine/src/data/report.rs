@@ -15,7 +15,9 @@ pub struct DataReport {
     pub truncated_documents: u64,
     /// Tokens lost by cutting.
     pub truncated_tokens: u64,
-    /// Documents without text, which are left out.
+    /// Tokens at the end that did not fill a batch and were left out.
+    pub left_over_tokens: u64,
+    /// Documents with nothing to predict, which are left out.
     pub empty_documents: u64,
     /// Different documents that could not be used.
     pub bad_documents: u64,
