@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use checkpoint::safetensors::SafetensorsFile;
 use lapidary_engine::train::optimizer::{Rule, Update};
-use lapidary_engine::train::step::{PerLayerTable, StepOptions, StepSums, gradient_program, names};
+use lapidary_engine::train::step::{PerLayerTable, Role, StepOptions, StepSums, gradient_program, names};
 use lapidary_engine::{Model, Runtime, RuntimeOptions};
 use gemma4::decoder::LayerRemat;
 use gemma4::layout::{Layout, Slot};
@@ -75,9 +75,7 @@ impl Case {
     fn parameter(&self, slot: &Slot, dtype: DType) -> HostArray {
         let mut values = Vec::new();
         for m in &slot.members {
-            let view = self.model.tensor(&m.name);
-            let host = HostArray::from_bytes(view.dtype, view.shape.clone(), &view.bytes).unwrap();
-            values.extend(host.to_f64());
+            values.extend(self.model.read(&m.name).unwrap().to_f64());
         }
         HostArray::from_f64(dtype, slot.shape.clone(), &values).unwrap()
     }
@@ -95,7 +93,8 @@ impl Case {
             weight_dtype: DType::F32,
             update: Update { rule: Rule::Sgd, clip: 0.0 },
         };
-        let program = gradient_program(self.model.arch(), layout, &options).unwrap();
+        let role = Role { trained: true, decayed: true, dtype: DType::F32 };
+        let program = gradient_program(self.model.arch(), layout, &options, &|_| role.clone()).unwrap();
         let compile = CompileOptions::verify_f32().with("xla_backend_optimization_level", 0i64);
         let compiled = runtime.compile(&program, &compile).unwrap();
         let client = runtime.client();

@@ -37,7 +37,7 @@ pub struct StepOptions {
     pub loss: LossOptions,
     /// Where rows of the per-layer table come from.
     pub per_layer: PerLayerTable,
-    /// Dtype of stored weights.
+    /// Dtype of trained weights.
     pub weight_dtype: DType,
     /// How weights are updated.
     pub update: Update,
@@ -50,6 +50,8 @@ pub struct Role {
     pub trained: bool,
     /// Whether weight decay applies.
     pub decayed: bool,
+    /// Dtype in which the program takes it.
+    pub dtype: DType,
 }
 
 /// Names of inputs and outputs that are not parameters.
@@ -140,6 +142,7 @@ struct Builder<'a> {
     arch: &'a Arch,
     layout: &'a Layout,
     options: &'a StepOptions,
+    role: &'a dyn Fn(&Slot) -> Role,
 }
 
 impl Builder<'_> {
@@ -147,11 +150,12 @@ impl Builder<'_> {
         device_slots(self.layout, self.options.per_layer)
     }
 
-    fn parameters(&self, donated: &dyn Fn(&Slot) -> bool) -> Result<HashMap<String, Value>> {
+    fn parameters(&self, donate: bool) -> Result<HashMap<String, Value>> {
         self.slots()
             .map(|s| {
-                let options = InputOptions { donate: donated(s), ..InputOptions::default() };
-                let v = self.g.input_with(&s.name, self.options.weight_dtype, s.shape.clone(), options)?;
+                let role = (self.role)(s);
+                let options = InputOptions { donate: donate && role.trained, ..InputOptions::default() };
+                let v = self.g.input_with(&s.name, role.dtype, s.shape.clone(), options)?;
                 Ok((s.name.clone(), v))
             })
             .collect()
@@ -173,8 +177,8 @@ impl Builder<'_> {
         Ok(batch)
     }
 
-    fn inputs(&self, accumulation: usize, donated: &dyn Fn(&Slot) -> bool) -> Result<Inputs> {
-        Ok(Inputs { params: self.parameters(donated)?, batch: self.batch(accumulation)? })
+    fn inputs(&self, accumulation: usize) -> Result<Inputs> {
+        Ok(Inputs { params: self.parameters(false)?, batch: self.batch(accumulation)? })
     }
 
     /// Sums of one micro-batch, whose fields are `[rows, seq]`.
@@ -257,8 +261,8 @@ pub fn step_program(
     role: &dyn Fn(&Slot) -> Role,
 ) -> Result<Program> {
     let g = Graph::new("train_step");
-    let b = Builder { g: &g, arch, layout, options };
-    let params = b.parameters(&|s| role(s).trained)?;
+    let b = Builder { g: &g, arch, layout, options, role };
+    let params = b.parameters(true)?;
     let trained: Vec<&Slot> = b.slots().filter(|s| role(s).trained).collect();
     let mut moments = vec![Moments::default(); trained.len()];
     for (prefix, dtype) in options.update.moment_dtypes() {
@@ -309,17 +313,22 @@ pub fn step_program(
     g.finish()
 }
 
-/// Gradients of the **mean** loss by every slot, and [`StepSums`]: for tests and for updates made elsewhere.
+/// Gradients of the **mean** loss by every trained slot, and [`StepSums`]: for tests and for updates made elsewhere.
 ///
 /// Inputs: the slots, the batch fields. Outputs: `grad:` and the slot's name, f32; the sums.
 ///
 /// # Errors
 /// When shapes do not fit each other.
-pub fn gradient_program(arch: &Arch, layout: &Layout, options: &StepOptions) -> Result<Program> {
+pub fn gradient_program(
+    arch: &Arch,
+    layout: &Layout,
+    options: &StepOptions,
+    role: &dyn Fn(&Slot) -> Role,
+) -> Result<Program> {
     let g = Graph::new("gradients");
-    let b = Builder { g: &g, arch, layout, options };
-    let inputs = b.inputs(options.accumulation, &|_| false)?;
-    let slots: Vec<&Slot> = b.slots().collect();
+    let b = Builder { g: &g, arch, layout, options, role };
+    let inputs = b.inputs(options.accumulation)?;
+    let slots: Vec<&Slot> = b.slots().filter(|s| role(s).trained).collect();
     let (sums, grads) = b.gradients(&inputs, &slots)?;
     let one = g.scalar(DType::F32, 1.0)?;
     let mean = g.div(one, g.max(sums.weight, one)?)?;
@@ -335,10 +344,15 @@ pub fn gradient_program(arch: &Arch, layout: &Layout, options: &StepOptions) -> 
 ///
 /// # Errors
 /// When shapes do not fit each other.
-pub fn eval_program(arch: &Arch, layout: &Layout, options: &StepOptions) -> Result<Program> {
+pub fn eval_program(
+    arch: &Arch,
+    layout: &Layout,
+    options: &StepOptions,
+    role: &dyn Fn(&Slot) -> Role,
+) -> Result<Program> {
     let g = Graph::new("eval");
-    let b = Builder { g: &g, arch, layout, options };
-    let inputs = b.inputs(1, &|_| false)?;
+    let b = Builder { g: &g, arch, layout, options, role };
+    let inputs = b.inputs(1)?;
     let batch: Vec<Value> =
         inputs.batch.iter().map(|&v| g.reshape(v, g.dims(v)[1..].to_vec())).collect::<Result<_>>()?;
     let sums = b.sums(&g, &inputs.params, &batch, HeadGradient::None)?;
