@@ -69,6 +69,15 @@ pub(crate) const STEPS: &[Step] = &[
         fast: false,
         action: Action::Cargo(&["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")]),
     },
+    Step {
+        name: "parquet",
+        about: "the tests of training data pass with the feature `parquet`",
+        fast: false,
+        action: Action::Cargo(
+            &["test", "--package", "lapidary-engine", "--features", "parquet", "--lib", "data::"],
+            &[],
+        ),
+    },
     Step { name: "test", about: "all tests pass", fast: true, action: Action::Cargo(&["test", "--workspace"], &[]) },
 ];
 

@@ -10,6 +10,7 @@ pub(crate) mod init;
 pub(crate) mod inspect;
 pub(crate) mod plugin;
 pub(crate) mod quickstart;
+pub(crate) mod report;
 pub(crate) mod verify;
 
 use std::fmt;

@@ -9,6 +9,7 @@ mod convert_faults;
 mod doctor;
 mod flops;
 mod plugin;
+mod report;
 mod verify;
 mod verify_maxtext;
 
@@ -77,7 +78,7 @@ fn no_test_file_is_forgotten() {
 
 #[test]
 fn help_teaches_by_example() {
-    for words in ["", "flops", "config show", "config explain", "doctor", "plugin list", "plugin fetch"] {
+    for words in ["", "flops", "report", "config show", "config explain", "doctor", "plugin list", "plugin fetch"] {
         let args: Vec<&str> = words.split_whitespace().chain(["--help"]).collect();
         let help = lapidary(&args).exits(0).stdout;
         assert!(help.contains("  lapidary "), "{words}: {help}");

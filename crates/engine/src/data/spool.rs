@@ -75,7 +75,7 @@ fn table(file: fs_err::File, path: &Path, columns: &[String]) -> Result<File> {
     let wrong = |reason: String| DataError::File { path: path.to_owned(), reason };
     match result {
         Ok(Ok(out)) => Ok(out),
-        Ok(Err(TableError::Parquet(error))) => Err(wrong(format!("damaged or no Parquet: {error}"))),
+        Ok(Err(TableError::Parquet(error))) => Err(wrong(format!("cannot be read: {error}"))),
         Ok(Err(TableError::Column(reason))) => Err(wrong(reason)),
         Ok(Err(TableError::Data(error))) => Err(error),
         Err(_) => Err(wrong("damaged: the Parquet reader failed on it".to_owned())),
@@ -134,10 +134,11 @@ fn rows(file: File, columns: &[String]) -> std::result::Result<File, TableError>
 fn value(field: &parquet::record::Field) -> serde_json::Value {
     use parquet::record::Field;
     use serde_json::Value;
+    let other = || Value::Object(serde_json::Map::new());
     match field {
         Field::Str(text) => Value::from(text.as_str()),
         // Binary columns without the mark of a string are text in many data sets.
-        Field::Bytes(bytes) => String::from_utf8(bytes.data().to_vec()).map_or(Value::Bool(false), Value::from),
+        Field::Bytes(bytes) => String::from_utf8(bytes.data().to_vec()).map_or_else(|_| other(), Value::from),
         Field::Byte(n) => Value::from(*n),
         Field::Short(n) => Value::from(*n),
         Field::Int(n) => Value::from(*n),
@@ -148,8 +149,9 @@ fn value(field: &parquet::record::Field) -> serde_json::Value {
         Field::ULong(n) => Value::from(*n),
         Field::ListInternal(list) => list.elements().iter().map(value).collect(),
         Field::Null => Value::Null,
+        Field::Bool(value) => Value::from(*value),
         Field::Float(_) | Field::Double(_) => Value::from(0.5),
-        _ => Value::Bool(false),
+        _ => other(),
     }
 }
 
@@ -256,7 +258,7 @@ mod tests {
         for cut in [0, 4, whole.len() / 2, whole.len() - 1] {
             fs_err::write(&path, &whole[..cut]).unwrap();
             let error = texts(&path, Format::Parquet, Compression::None).unwrap_err().to_string();
-            assert!(error.contains("a.parquet: damaged"), "{error}");
+            assert!(error.contains("a.parquet: cannot be read"), "{error}");
         }
         for at in 0..whole.len() {
             let mut bytes = whole.clone();

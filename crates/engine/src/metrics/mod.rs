@@ -8,6 +8,7 @@
 
 mod error;
 mod event;
+pub mod history;
 mod jsonl;
 pub mod memory;
 mod record;
