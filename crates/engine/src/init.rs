@@ -9,7 +9,7 @@ use gemma4::{Arch, param_table};
 use half::bf16;
 use rayon::prelude::*;
 use serde_json::json;
-use tensor::{DType, Init};
+use tensor::{DType, HostArray, Init, ParamSpec};
 
 use crate::rng::Philox;
 use crate::{EngineError, Result};

@@ -14,7 +14,7 @@ use super::TrainError;
 use super::optimizer::{AdamW, Rule, Update};
 use super::schedule::Schedule;
 use super::step::{PerLayerTable, Role, StepOptions, device_slots};
-use crate::metrics::{MemoryRow, ParameterCounts};
+use crate::metrics::summary::{MemoryRow, ParameterCounts};
 
 /// f32 logits of one block take about this much where `num_vocab_tiling` is left to us.
 const BLOCK_BYTES: usize = 64 << 20;

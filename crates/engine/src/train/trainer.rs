@@ -17,8 +17,9 @@ use super::device::{CompileReport, Device, Source};
 use super::optimizer::Rule;
 use super::plan::Plan;
 use super::step::{Scalars, StepSums};
-use crate::data::{self, BatchSource, DataReport, Prefetch, TokenBatch};
-use crate::metrics::{self, EvalMetrics, MetricsOptions, MetricsWriter, StepMetrics, Summary};
+use crate::data::{self, BatchSource, DataReport, FixedBatches, Prefetch, TokenBatch};
+use crate::metrics::summary::{Summary, render};
+use crate::metrics::{self, EvalMetrics, MetricsOptions, MetricsWriter, StepMetrics};
 use crate::train_state::{Array, AsyncSaver, Loaded, Snapshot, Store, StoreOptions, TrainerState};
 use crate::{Model, Runtime, init, peak};
 
@@ -71,8 +72,8 @@ pub enum Event<'a> {
 pub struct TrainOptions<'a> {
     /// Set from outside to save and end after the current step.
     pub stop: Option<&'a AtomicBool>,
-    /// Batches instead of those the configuration names.
-    pub batches: Option<Box<dyn BatchSource>>,
+    /// A safetensors file of token batches instead of the data the configuration names, see [`FixedBatches`].
+    pub batches: Option<PathBuf>,
     /// The configuration as text, kept with the run.
     pub config_text: Option<String>,
 }
@@ -156,8 +157,22 @@ pub fn train(
     let rows = plan.step.rows * plan.step.accumulation;
     let vocab = plan.arch.vocab_size();
     let tokenizer = given.as_ref().map(|m| m.path().to_owned());
-    let mut source = match options.batches {
-        Some(batches) => batches,
+    let mut source = match &options.batches {
+        Some(path) => {
+            let fixed = FixedBatches::from_safetensors(path, vocab)?;
+            if (fixed.rows(), fixed.seq()) != (rows, plan.step.seq) {
+                let reason = format!(
+                    "{} holds batches of {} x {}, the configuration {rows} x {} (per_device_batch_size times \
+                     gradient_accumulation_steps, max_target_length)",
+                    path.display(),
+                    fixed.rows(),
+                    fixed.seq(),
+                    plan.step.seq
+                );
+                return Err(TrainError::Key { key: "per_device_batch_size", reason });
+            }
+            Box::new(fixed) as Box<dyn BatchSource>
+        }
         None => data::open_train(config, vocab, tokenizer.as_deref(), rows)?,
     };
     if let Some(l) = &loaded {
@@ -560,7 +575,7 @@ fn peak_rate(runtime: &Runtime, plan: &Plan) -> Option<f64> {
 }
 
 fn summary(plan: &Plan, config: &Config, peak: Option<f64>) -> String {
-    metrics::render(&Summary {
+    render(&Summary {
         model: &config.model.name,
         parameters: plan.counts,
         flops: &plan.flops,
