@@ -8,6 +8,7 @@
 
 mod convert;
 mod journal;
+mod link;
 mod read;
 mod source;
 mod to_hf;
@@ -32,8 +33,8 @@ pub use read::ItemReader;
 pub use to_hf::{HfReport, HfTarget, copy_to_hf};
 pub use to_orbax::{OrbaxReport, OrbaxTarget, copy_to_orbax};
 
-/// Bytes of one box, as a rule.
-const PIECE: usize = 8 << 20;
+/// Bytes of one box, as a rule: the boxes in flight stay in the last-level cache, where they are checksummed and written.
+const PIECE: usize = 2 << 20;
 
 /// Where arrays come from.
 #[derive(Debug, Clone, Copy)]

@@ -171,12 +171,12 @@ impl<'a> Reader<'a> {
 }
 
 /// Where the dimensions of `shape` split into a matrix of `rows` rows; the last such place.
-fn split_at(shape: &Shape, rows: usize) -> Option<usize> {
+pub(super) fn split_at(shape: &Shape, rows: usize) -> Option<usize> {
     (0..=shape.rank()).rev().find(|&s| shape.iter().take(s).try_fold(1usize, |n, &d| n.checked_mul(d)) == Some(rows))
 }
 
 /// The source as a matrix `[rows, columns]` whose transpose is the target.
-fn as_matrix(source: &Shape, target: &Shape) -> Result<(usize, usize), Problem> {
+pub(super) fn as_matrix(source: &Shape, target: &Shape) -> Result<(usize, usize), Problem> {
     let fits = |rows: usize, columns: usize| {
         split_at(source, rows).is_some()
             && split_at(target, columns).is_some()

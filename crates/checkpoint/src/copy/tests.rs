@@ -109,6 +109,7 @@ fn orbax_target(base: &Path, options: OrbaxOptions) -> OrbaxTarget {
         options: OrbaxOptions { time: Some(1), ..options },
         scalars: vec![("step".to_owned(), 0)],
         empty: vec![("opt_state".to_owned(), "Dict")],
+        link: false,
     }
 }
 

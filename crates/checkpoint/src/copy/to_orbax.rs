@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use serde::Serialize;
 use tensor::{DType, Shape};
 
+use super::link::Links;
 use super::source::{Scratch, boxes};
 use super::{CopyError, CopyOptions, Item, OnProgress, PIECE, Progress, Store, fingerprint, readers};
 use crate::commit::check_space;
@@ -22,6 +23,9 @@ pub struct OrbaxTarget {
     pub scalars: Vec<(String, i64)>,
     /// Empty leaves of the tree: path and what they are (`Dict`, `List` or `None`).
     pub empty: Vec<(String, &'static str)>,
+    /// Leave arrays that need no arithmetic where they are: the checkpoint refers to the files of a Hugging Face source,
+    /// by hard links where the file system allows it. No checksum covers those arrays.
+    pub link: bool,
 }
 
 /// What a copy into an Orbax checkpoint amounts to.
@@ -31,6 +35,8 @@ pub struct OrbaxReport {
     pub written: WriteReport,
     /// Bytes that an interrupted run had written already.
     pub resumed_bytes: u64,
+    /// Bytes that stay in the source's files.
+    pub linked_bytes: u64,
 }
 
 /// Copies items into a new Orbax checkpoint.
@@ -46,16 +52,26 @@ pub fn copy_to_orbax(
 ) -> Result<OrbaxReport, CopyError> {
     let readers = readers(stores, items)?;
     let bytes = |shape: &Shape, dtype: DType| (shape.elements() as u64).saturating_mul(dtype.size() as u64);
-    let total = items.iter().map(|i| bytes(&i.shape, i.dtype)).fold(0, u64::saturating_add);
     let path = match &target.target {
         Target::Step { base, .. } => base,
         Target::Items(path) => path,
     };
+    let mut links = Links::default();
+    let linked: Vec<Option<ArrayPlan>> =
+        items.iter().map(|i| if target.link { links.array(stores, i, path) } else { None }).collect();
+    let sum = |want_linked: bool| {
+        let chosen = items.iter().zip(&linked).filter(|(_, l)| l.is_some() == want_linked);
+        chosen.map(|(i, _)| bytes(&i.shape, i.dtype)).fold(0, u64::saturating_add)
+    };
+    let (total, linked_bytes) = (sum(false), sum(true));
     if !options.resume {
         check_space(path, total)?;
     }
     // Copied arrays come first: their position in the plan is their position among the items.
-    let mut arrays: Vec<ArrayPlan> = items.iter().map(|i| ArrayPlan::pushed(&i.to, i.dtype, i.shape.clone())).collect();
+    let is_linked: Vec<bool> = linked.iter().map(Option::is_some).collect();
+    let pushed = |i: &Item| ArrayPlan::pushed(&i.to, i.dtype, i.shape.clone());
+    let mut arrays: Vec<ArrayPlan> =
+        items.iter().zip(linked).map(|(i, linked)| linked.unwrap_or_else(|| pushed(i))).collect();
     arrays.extend(target.scalars.iter().map(|(path, value)| ArrayPlan::scalar_i64(path, *value)));
     let empty = target.empty.iter().map(|(path, kind)| (dotted(path), *kind)).collect();
     let write_options = OrbaxOptions {
@@ -65,7 +81,7 @@ pub fn copy_to_orbax(
         ..target.options.clone()
     };
     let mut writer =
-        OrbaxWriter::create(target.target.clone(), OrbaxPlan { arrays, empty, links: vec![] }, write_options)?;
+        OrbaxWriter::create(target.target.clone(), OrbaxPlan { arrays, empty, links: links.files }, write_options)?;
     if options.keep_partial {
         writer.keep();
     }
@@ -80,7 +96,9 @@ pub fn copy_to_orbax(
             n += 1;
             found += writer.chunk_region(i, c).elements() as u64 * item.dtype.size() as u64;
         }
-        resumed_bytes += found;
+        if is_linked.get(i) != Some(&true) {
+            resumed_bytes += found;
+        }
         left.push(AtomicUsize::new(chunks - n));
     }
     let done = AtomicU64::new(resumed_bytes);
@@ -119,5 +137,5 @@ pub fn copy_to_orbax(
         }
         Ok::<(), CopyError>(())
     })?;
-    Ok(OrbaxReport { written: writer.finish()?, resumed_bytes })
+    Ok(OrbaxReport { written: writer.finish()?, resumed_bytes, linked_bytes })
 }

@@ -87,6 +87,10 @@ struct MaxtextArgs {
     #[arg(long, value_name = "LEVEL", num_args = 0..=1, default_missing_value = "1", require_equals = true,
           value_parser = clap::value_parser!(i32).range(1..=22))]
     zstd: Option<i32>,
+    /// Refer to the source's files instead of copying them (hard links where the file system allows it); only the token
+    /// table is written. Ready in a moment; no checksum covers what is linked, and loading pays for the transposes.
+    #[arg(long, conflicts_with = "pathways")]
+    link: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -147,18 +151,25 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     let start = Instant::now();
     let bar = ui.bytes_bar("converting", plan.bytes());
     let result = plan.run(&options, &|p: Progress| {
+        bar.set_length(p.total);
         bar.set_position(p.done);
         ControlFlow::Continue(())
     });
     bar.finish_and_clear();
     let report = result.map_err(|e| advise(e, args))?;
     let elapsed = start.elapsed();
-    let written = report.bytes - report.resumed_bytes.min(report.bytes);
+    let linked = report.orbax.as_ref().map_or(0, |o| o.linked_bytes);
+    let written = report.bytes.saturating_sub(report.resumed_bytes).saturating_sub(linked);
     let rate = written as f64 / elapsed.as_secs_f64().max(1e-9);
-    let resumed =
-        if report.resumed_bytes > 0 { format!(", {} were there", bytes(report.resumed_bytes)) } else { String::new() };
+    let mut apart = String::new();
+    if report.resumed_bytes > 0 {
+        apart += &format!(", {} were there", bytes(report.resumed_bytes));
+    }
+    if linked > 0 {
+        apart += &format!(", {} stay in the source's files", bytes(linked));
+    }
     ui.say(format!(
-        "{}: {} {}, {}{resumed}, {}, {}/s",
+        "{}: {} {}, {}{apart}, {}, {}/s",
         report.path.display(),
         report.tensors,
         if settings.to == Convention::Hf { "tensors" } else { "arrays" },
@@ -167,7 +178,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         bytes(rate as u64)
     ));
     if args.json {
-        ui.json(&summary(args, &source, &plan.notes, &report, elapsed.as_secs_f64()))?;
+        ui.json(&summary(args, &source, &plan.notes, &report, written, elapsed.as_secs_f64()))?;
     }
     Ok(Outcome::Yes)
 }
@@ -187,6 +198,7 @@ fn settings(args: &Args) -> Result<Settings, Failure> {
                 ("--embedding-dtype", mt.embedding_dtype.is_some()),
                 ("--pathways", mt.pathways),
                 ("--zstd", mt.zstd.is_some()),
+                ("--link", mt.link),
             ],
             "maxtext",
         )?,
@@ -216,6 +228,7 @@ fn settings(args: &Args) -> Result<Settings, Failure> {
         },
         max_shard_bytes: hf.shard_mb.map(|mb| mb.saturating_mul(1_000_000)),
         orbax,
+        link: mt.link,
     })
 }
 
@@ -288,7 +301,14 @@ fn advise(e: EngineError, args: &Args) -> Failure {
     failure
 }
 
-fn summary(args: &Args, source: &Weights, notes: &[String], report: &Report, time: f64) -> serde_json::Value {
+fn summary(
+    args: &Args,
+    source: &Weights,
+    notes: &[String],
+    report: &Report,
+    written: u64,
+    time: f64,
+) -> serde_json::Value {
     json!({
         "source": args.source,
         "source_format": source.checkpoint.convention(),
@@ -297,7 +317,7 @@ fn summary(args: &Args, source: &Weights, notes: &[String], report: &Report, tim
         "bytes": report.bytes,
         "resumed_bytes": report.resumed_bytes,
         "seconds": time,
-        "bytes_per_second": (report.bytes - report.resumed_bytes.min(report.bytes)) as f64 / time.max(1e-9),
+        "bytes_per_second": written as f64 / time.max(1e-9),
         "notes": source.notes.iter().chain(notes).collect::<Vec<_>>(),
         "hf": report.hf,
         "orbax": report.orbax,

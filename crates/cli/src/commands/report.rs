@@ -19,12 +19,11 @@ use crate::ui::Ui;
 
 /// Curves and figures of training runs: loss, evaluation loss, learning rate, gradient norm, tokens/s, MFU, memory.
 ///
-/// Takes run directories and files of JSON lines, this program's or MaxText's (`metrics_file`). Prints a table; `--out`
-/// draws the curves of all runs over each other into one file that needs nothing else, online or offline.
+/// Takes run directories, files of JSON lines and logs, this program's or MaxText's. Prints a table; `--out` draws the curves of all runs over each other into one file that needs nothing else, online or offline.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Run directories, or files of metrics.
+    /// Run directories, files of metrics, logs.
     #[arg(required = true, value_name = "RUN")]
     runs: Vec<PathBuf>,
     /// Draw into this file: a page (.html) or the charts alone (.svg).

@@ -153,6 +153,49 @@ fn other_layouts_hold_the_same() {
 }
 
 #[test]
+fn linked_files_are_read_in_place_and_outlive_the_source() {
+    for name in ["e2b", "e4b", "keqv"] {
+        let tmp = tempfile::tempdir().unwrap();
+        let (source, mt, back) = (tmp.path().join("source"), tmp.path().join("mt"), tmp.path().join("back"));
+        copy_dir(&model(name), &source);
+        let run = convert(&source, &mt, "maxtext", &["--link", "--json"]).exits(0);
+        assert!(run.stderr.contains("stay in the source's files"), "{}", run.stderr);
+        let report = run.json();
+        let linked = report["orbax"]["linked_bytes"].as_u64().unwrap();
+        assert!(linked > report["bytes"].as_u64().unwrap() / 2, "{report}");
+        assert_eq!(report["resumed_bytes"], 0);
+        let c = OrbaxCheckpoint::open(&mt).unwrap();
+        assert!(c.problems().is_empty(), "{:?}", c.problems());
+        // Only the scaled table has bytes of its own.
+        let copied: Vec<_> = c.arrays().iter().filter(|a| a.param_name.is_some() && a.checksummed).collect();
+        assert_eq!(copied.len(), 1, "{copied:?}");
+        assert_eq!(copied[0].param_name.as_deref(), Some("token_embedder.embedding"));
+        diff(&mt, &source, &[]).exits(0);
+        fs_err::remove_dir_all(&source).unwrap();
+        diff(&mt, &model(name), &[]).exits(0);
+        convert(&mt, &back, "hf", &[]).exits(0);
+        assert_same_parameters(&model(name), &back);
+        // A copy of it has everything in it.
+        let anew = tmp.path().join("anew");
+        convert(&mt, &anew, "maxtext", &[]).exits(0);
+        diff(&anew, &model(name), &[]).exits(0);
+        // What cannot be linked is refused.
+        let refused = |from: &Path, format: &str, options: &[&str]| {
+            let run = convert(from, &tmp.path().join("x"), format, options).exits(2);
+            assert!(run.stderr.contains("--link") || run.stderr.contains("link files"), "{}", run.stderr);
+        };
+        refused(&back, "maxtext", &["--link", "--pathways"]);
+        refused(&back, "hf", &["--link"]);
+        refused(&mt, "maxtext", &["--link"]);
+        // Another type has to be written.
+        let typed = tmp.path().join("typed");
+        let other = if name == "keqv" { "bfloat16" } else { "float16" };
+        let run = convert(&back, &typed, "maxtext", &["--link", "--dtype", other, "--json"]).exits(0).json();
+        assert_eq!(run["orbax"]["linked_bytes"], 0);
+    }
+}
+
+#[test]
 fn the_tree_is_what_maxtext_expects() {
     let source = model("e2b");
     let tmp = tempfile::tempdir().unwrap();

@@ -243,22 +243,25 @@ fn kill(from: &Path, format: &str, count: usize, seed: u64) -> Kills {
     out
 }
 
-fn kill_both_ways(count: usize) {
+fn kill_both_ways(count: usize) -> [Kills; 2] {
     let tmp = tempfile::tempdir().unwrap();
     let (hf, mt) = (tmp.path().join("hf"), tmp.path().join("mt"));
     larger(&hf);
     run(convert(&hf, &mt, "maxtext", &[])).exits(0);
-    println!("to MaxText: {:?}", kill(&hf, "maxtext", count, 21));
-    println!("to Hugging Face: {:?}", kill(&mt, "hf", count, 22));
+    [kill(&hf, "maxtext", count, 21), kill(&mt, "hf", count, 22)]
 }
 
 #[test]
 fn a_killed_conversion_is_continued() {
-    kill_both_ways(3);
+    for kills in kill_both_ways(3) {
+        assert_eq!(kills.nothing + kills.partial + kills.complete, 3, "{kills:?}");
+    }
 }
 
 #[test]
 #[ignore = "twenty kills each way take a minute"]
 fn twenty_killed_conversions_are_continued() {
-    kill_both_ways(20);
+    let [there, back] = kill_both_ways(20);
+    println!("to MaxText: {there:?}\nto Hugging Face: {back:?}");
+    assert!(there.resumed > 0 && back.resumed > 0);
 }

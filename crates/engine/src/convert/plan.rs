@@ -6,7 +6,7 @@ use checkpoint::copy::{
     CopyOptions, HfReport, HfTarget, Item, OnProgress, Op, OrbaxReport, OrbaxTarget, copy_to_hf, copy_to_orbax,
 };
 use checkpoint::hf::{CONFIG_FILE, GENERATION_CONFIG_FILE};
-use checkpoint::orbax::{OrbaxOptions, Target};
+use checkpoint::orbax::{Layout, OrbaxOptions, Target};
 use checkpoint::write::PlanOptions;
 use gemma4::hf::{CAUSAL_PREFIX, CONDITIONAL_PREFIX};
 use half::bf16;
@@ -45,6 +45,8 @@ pub struct Settings {
     pub max_shard_bytes: Option<u64>,
     /// How arrays are stored (MaxText).
     pub orbax: OrbaxOptions,
+    /// Refer to the source's files instead of copying what needs no arithmetic (Hugging Face to MaxText).
+    pub link: bool,
 }
 
 impl Default for Settings {
@@ -56,6 +58,7 @@ impl Default for Settings {
             profile: Profile::Lean,
             max_shard_bytes: None,
             orbax: OrbaxOptions::default(),
+            link: false,
         }
     }
 }
@@ -112,6 +115,18 @@ pub fn plan<'a>(
     }
     if settings.dtype.is_some_and(|d| !d.is_float()) {
         return Err(EngineError::Input("parameters can only be written as floats".into()));
+    }
+    if settings.link {
+        let why = if settings.to != Convention::Maxtext || source.checkpoint.convention() != Convention::Hf {
+            Some("only the way from Hugging Face to MaxText can link files")
+        } else if settings.orbax.layout == Layout::Files {
+            Some("the layout of plain files cannot refer to parts of other files")
+        } else {
+            None
+        };
+        if let Some(why) = why {
+            return Err(EngineError::Input(why.into()));
+        }
     }
     match settings.to {
         Convention::Maxtext => Ok(to_maxtext(source, target, settings)),
@@ -233,6 +248,7 @@ fn to_maxtext<'a>(source: &'a Weights, target: &Path, settings: &Settings) -> Pl
         options,
         scalars: vec![("step".to_owned(), 0)],
         empty: vec![("opt_state".to_owned(), "Dict")],
+        link: settings.link,
     });
     Plan { source, base: None, items, sink, notes }
 }

@@ -21,7 +21,9 @@ pub enum MetricsError {
         key: &'static str,
     },
     /// A path given for reading holds no metrics.
-    #[error("{path}: no metrics found; expected a run directory with metrics/metrics.jsonl, or a JSON lines file")]
+    #[error(
+        "{path}: no metrics found; expected a run directory with metrics/metrics.jsonl, a JSON lines file, or a log with lines `completed step: ...`"
+    )]
     NoMetrics {
         /// The path.
         path: PathBuf,

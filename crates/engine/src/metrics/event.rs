@@ -45,7 +45,7 @@ impl Event<'_> {
             Event::Text(tag, text) => {
                 let mut v = Message::default();
                 v.bytes(1, tag.as_bytes());
-                v.bytes(8, &strings(&[text]));
+                v.bytes(8, &string(text));
                 v.bytes(9, &plugin("text"));
                 let mut summary = Message::default();
                 summary.bytes(1, &v.0);
@@ -64,16 +64,12 @@ fn plugin(name: &str) -> Vec<u8> {
     metadata.0
 }
 
-/// A tensor of strings with one dimension.
-fn strings(values: &[&str]) -> Vec<u8> {
-    let (mut tensor, mut shape, mut dim) = (Message::default(), Message::default(), Message::default());
+/// A tensor of one text, without dimensions: one of a dimension would be shown as a table.
+fn string(text: &str) -> Vec<u8> {
+    let mut tensor = Message::default();
     tensor.varint(1, 7); // DT_STRING
-    dim.varint(1, values.len() as u64);
-    shape.bytes(2, &dim.0);
-    tensor.bytes(2, &shape.0);
-    for value in values {
-        tensor.bytes(8, value.as_bytes());
-    }
+    tensor.bytes(2, b"");
+    tensor.bytes(8, text.as_bytes());
     tensor.0
 }
 
@@ -147,8 +143,8 @@ mod tests {
     fn text() {
         assert_eq!(
             Event::Text("config", "# x").encode(1_315_598_050.0, 0),
-            b"\x09\x00\x00\x80\xb8\x9b\x9a\xd3\x41\x2a\x23\x0a\x21\x0a\x06config\
-              \x42\x0d\x08\x07\x12\x04\x12\x02\x08\x01\x42\x03# x\x4a\x08\x0a\x06\x0a\x04text"
+            b"\x09\x00\x00\x80\xb8\x9b\x9a\xd3\x41\x2a\x1f\x0a\x1d\x0a\x06config\
+              \x42\x09\x08\x07\x12\x00\x42\x03# x\x4a\x08\x0a\x06\x0a\x04text"
         );
     }
 }

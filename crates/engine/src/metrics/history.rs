@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::jsonl::{MAX_LINE, finite_words};
-use super::{MetricsError, Result, metrics_path};
+use super::{MetricsError, Result, log, metrics_path};
 
 /// A quantity that has a value at every training step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +38,7 @@ pub enum Metric {
     Skipped,
 }
 
-const METRICS: usize = 10;
+pub(super) const METRICS: usize = 10;
 
 /// The key of every metric, in the order of the enumeration.
 const KEYS: [&str; METRICS] = [
@@ -61,7 +61,7 @@ pub struct Row {
     pub step: u64,
     /// When it was logged, in seconds since 1970.
     pub wall_time: Option<f64>,
-    values: [Option<f64>; METRICS],
+    pub(super) values: [Option<f64>; METRICS],
 }
 
 impl Row {
@@ -122,7 +122,7 @@ pub struct History {
 
 const DAMAGED_KEPT: usize = 1000;
 
-/// Reads a run directory or a file of JSON lines.
+/// Reads a run directory, a file of JSON lines, or a log.
 ///
 /// # Errors
 /// When there is no such file, or no line of it holds metrics.
@@ -131,6 +131,7 @@ pub fn read(path: &Path) -> Result<History> {
     let mut history = History { runs: Vec::new(), damaged: Vec::new(), damaged_lines: 0 };
     let mut reader = BufReader::new(fs::File::open(&file)?);
     let mut line = Vec::new();
+    let (mut objects, mut log_lines) = (false, false);
     for number in 1.. {
         line.clear();
         if reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut line)? == 0 {
@@ -139,18 +140,29 @@ pub fn read(path: &Path) -> Result<History> {
         if line.trim_ascii().is_empty() {
             continue;
         }
-        let outcome = match parse(&line) {
+        let reason = match parse(&line) {
             Ok((run_name, record)) => {
+                objects = true;
                 history.run(&file, path, run_name).add(record);
                 continue;
             }
-            Err(_) if !line.ends_with(b"\n") => "the last line was never finished".to_owned(),
             Err(reason) => reason,
         };
+        if let Some(record) = log::parse(&line) {
+            log_lines = true;
+            history.run(&file, path, None).add(record);
+            continue;
+        }
         history.damaged_lines += 1;
         if history.damaged.len() < DAMAGED_KEPT {
-            history.damaged.push(DamagedLine { path: file.clone(), line: number, reason: outcome });
+            let torn = !line.ends_with(b"\n");
+            let reason = if torn { "the last line was never finished".to_owned() } else { reason };
+            history.damaged.push(DamagedLine { path: file.clone(), line: number, reason });
         }
+    }
+    if log_lines && !objects {
+        // A log says other things as well.
+        (history.damaged, history.damaged_lines) = (Vec::new(), 0);
     }
     history.runs.retain(|run| !run.steps.is_empty() || !run.evals.is_empty());
     if history.runs.is_empty() { Err(MetricsError::NoMetrics { path: path.to_owned() }) } else { Ok(history) }
@@ -166,7 +178,7 @@ fn locate(path: &Path) -> Result<PathBuf> {
         .ok_or_else(|| MetricsError::NoMetrics { path: path.to_owned() })
 }
 
-enum Record {
+pub(super) enum Record {
     Step(Row),
     Eval(EvalRow),
     /// Something else that is known to occur, such as MaxText's averages in the midst of an evaluation.
@@ -434,6 +446,14 @@ mod tests {
     }
 
     #[test]
+    fn a_log() {
+        let text = format!("starting\n{}\nW1124 something else\n{}\n", sample(0).line(), sample(1).line());
+        let history = of(text.as_bytes()).unwrap();
+        assert_eq!((history.runs[0].steps.len(), history.damaged_lines), (2, 0));
+        assert_eq!(history.runs[0].summary().final_loss, Some(8.917));
+    }
+
+    #[test]
     fn damage_is_named_and_passed_over() {
         let history = of(b"{\"step\": 0, \"learning/loss\": 1}\n\n{\"step\": 1, \"lear\n[1]\n{\"learning/loss\": 1}\n\
             {\"step\": 0.5}\n{\"step\": 2, \"learning/loss\": \"x\"}\n\xff\xfe\n{\"step\": 3, \"learning/loss\": 2}\n{\"st")
@@ -462,6 +482,39 @@ mod tests {
         assert_eq!(losses, [(0, 9.0), (1, 5.0), (2, 4.0)]);
         assert_eq!(history.runs[0].repeated_steps, 2);
     }
+
+    proptest::proptest! {
+        /// Foreign bytes are an error or a history, never a panic: whole lines, pieces of them, and pieces turned over.
+        #[test]
+        fn any_bytes(pieces in proptest::collection::vec((0..LINES.len(), 0..120usize, proptest::bits::u8::ANY), 0..12)) {
+            let mut text = Vec::new();
+            for (line, length, flip) in pieces {
+                let line = LINES[line].as_bytes();
+                text.extend(line.iter().take(length));
+                if let Some(last) = text.last_mut().filter(|_| flip < 64) {
+                    *last ^= flip;
+                }
+                if length > line.len() {
+                    text.push(b'\n');
+                }
+            }
+            if let Ok(history) = of(&text) {
+                for run in &history.runs {
+                    let steps: Vec<u64> = run.steps.iter().map(|r| r.step).collect();
+                    proptest::prop_assert!(steps.is_sorted_by(|a, b| a < b));
+                    serde_json::to_string(&run.summary()).unwrap();
+                }
+            }
+        }
+    }
+
+    const LINES: &[&str] = &[
+        r#"{"step":0,"run_name":"a","wall_time":1.0,"learning/loss":2.5,"perf/step_time_seconds":0.5}"#,
+        r#"{"step":1,"learning/loss":null,"non_finite":{"learning/loss":"Infinity"},"perf/memory_bytes":1e300}"#,
+        r#"{"step":5.0, "learning/loss": NaN, "perf/step_time_seconds": -1e308}"#,
+        r#"{"step":3,"eval/avg_loss":1e308,"perf/eval_seconds":1e308}"#,
+        r#"{"step":9007199254740993,"learning/loss":[],"non_finite":7}"#,
+    ];
 
     #[test]
     fn nothing_to_read() {

@@ -278,6 +278,14 @@ mod tests {
     }
 
     #[test]
+    #[cfg(target_os = "linux")]
+    fn a_full_disk_is_an_error() {
+        let mut file = JsonLines::open(Path::new("/dev/full"), "a", 0, "metrics_file").unwrap();
+        let error = file.append(&object("a", 0, 1.0, &[])).unwrap_err().to_string();
+        assert!(error.contains("/dev/full"), "{error}");
+    }
+
+    #[test]
     fn links_survive() {
         let dir = tempfile::tempdir().unwrap();
         let (real, link) = (dir.path().join("real.jsonl"), dir.path().join("link.jsonl"));

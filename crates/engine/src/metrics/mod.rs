@@ -6,10 +6,12 @@
 //! **Invariant:** after a resume, a reader of either finds every step once. The writer drops what an interrupted run
 //! had logged beyond the checkpoint that the new one starts from.
 
+pub mod config;
 mod error;
 mod event;
 pub mod history;
 mod jsonl;
+mod log;
 pub mod memory;
 mod record;
 mod step;

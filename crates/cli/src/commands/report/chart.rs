@@ -4,7 +4,7 @@
 
 use std::fmt::Write;
 
-use super::scale::{Axis, Unit};
+use super::scale::{self, Axis, Unit};
 
 /// A chart of one quantity over steps.
 #[derive(Debug)]
@@ -73,13 +73,12 @@ impl Chart<'_> {
     /// from 0 (none) to below 1.
     pub(super) fn group(&self, smooth: f64) -> String {
         let mut out = String::new();
-        let finite = || self.series.iter().flat_map(|s| &s.points).filter(|p| p.1.is_finite());
+        let finite = || self.series.iter().flat_map(|s| &s.points).filter(|p| scale::is_drawable(p.1));
         let (low, high) = range(finite().map(|p| p.1));
         // A scale by logarithm cannot show what is not above zero.
-        let (above, _) = range(finite().map(|p| p.1).filter(|v| *v > 0.0));
-        let log = high > 0.0
-            && above > 0.0
-            && (self.scale == Scale::Log || (self.scale == Scale::Auto && low > 0.0 && high > WIDE * low));
+        let (above, _) = range(finite().map(|p| p.1).filter(|v| *v > scale::TINY));
+        let log = above.is_finite()
+            && (self.scale == Scale::Log || (self.scale == Scale::Auto && low > scale::TINY && high > WIDE * low));
         let y = match (log, low.is_finite()) {
             (true, _) => Axis::log(above, high, self.unit),
             (_, true) => Axis::values(low, high, self.unit, self.scale == Scale::FromZero),
@@ -114,8 +113,8 @@ impl Chart<'_> {
         text(out, (LEFT, 20.0), "start", "title", &title);
         text(out, (LEFT + PLOT / 2.0, HEIGHT - 6.0), "middle", "tick", "step");
         let points = || self.series.iter().flat_map(|s| &s.points);
-        let odd = points().filter(|p| !p.1.is_finite()).count();
-        let hidden = points().filter(|p| p.1.is_finite() && !frame.y.shows(p.1)).count();
+        let odd = points().filter(|p| !scale::is_drawable(p.1)).count();
+        let hidden = points().filter(|p| scale::is_drawable(p.1) && !frame.y.shows(p.1)).count();
         let mut notes = Vec::new();
         if odd > 0 {
             notes.push(format!("\u{d7} not a finite number: {odd}"));
@@ -204,7 +203,7 @@ impl Frame {
         let color = COLORS[series.run % COLORS.len()];
         let mut path = String::new();
         let mut pixel = None;
-        for (step, _) in series.points.iter().filter(|p| !p.1.is_finite()) {
+        for (step, _) in series.points.iter().filter(|p| !scale::is_drawable(p.1)) {
             let (left, top) = (self.left(*step), HEIGHT - BOTTOM - 6.0);
             if pixel.replace(left as i64) != Some(left as i64) {
                 let _ = write!(path, "M{:.1} {:.1}l6 6m0 -6l-6 6", left - 3.0, top - 3.0);
@@ -246,7 +245,7 @@ fn smoothed(points: &[(f64, f64)], weight: f64) -> Vec<(f64, f64)> {
     points
         .iter()
         .map(|&(step, value)| {
-            if !value.is_finite() {
+            if !scale::is_drawable(value) {
                 return (step, value);
             }
             sum = weight * sum + (1.0 - weight) * value;
@@ -359,6 +358,23 @@ mod tests {
         let svg = chart(vec![(0.0, 10.0), (1.0, 0.0), (2.0, 1.0)], Scale::Log);
         assert!(svg.contains("not above 0: 1") && !svg.contains("NaN") && !svg.contains("inf"), "{svg}");
         assert!(!chart(vec![(0.0, 0.0)], Scale::Log).contains("logarithmic"));
+    }
+
+    #[test]
+    fn any_values() {
+        let odd =
+            [0.0, -0.0, 1.0, -1.0, 5e-324, 1e-300, 1e299, -1e299, f64::MAX, f64::MIN, f64::NAN, f64::INFINITY, 3e38];
+        for a in odd {
+            for b in odd {
+                for c in odd {
+                    for scale in [Scale::Linear, Scale::FromZero, Scale::Log, Scale::Auto] {
+                        let svg = chart(vec![(0.0, a), (1.0, b), (2.0, c)], scale);
+                        assert!(!svg.contains("NaN") && !svg.contains("inf"), "{a} {b} {c} {scale:?}: {svg}");
+                        assert!(svg.len() < 20_000);
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub(super) enum Unit {
 /// An axis.
 #[derive(Debug, Clone)]
 pub(super) struct Axis {
+    /// The ends; their logarithms to base 10 on a logarithmic axis.
     low: f64,
     high: f64,
     log: bool,
@@ -39,6 +40,7 @@ impl Axis {
 
     /// An axis of values, with a margin. `from_zero` begins at 0 where no value is below.
     pub(super) fn values(low: f64, high: f64, unit: Unit, from_zero: bool) -> Self {
+        let [low, high] = [low, high].map(|v| if v.abs() < TINY { 0.0 } else { v });
         // Values that differ by rounding alone are one value: a tick between them could not be told from its neighbour.
         let same = high - low <= 1e-9 * low.abs().max(high.abs());
         let margin = match (same, low.abs().max(high.abs())) {
@@ -54,21 +56,24 @@ impl Axis {
 
     /// A logarithmic axis of values above 0.
     pub(super) fn log(low: f64, high: f64, unit: Unit) -> Self {
-        let margin = (high / low).powf(0.05).max(1.02);
-        let (low, high) = (low / margin, high * margin);
-        let mut axis = Axis { low, high, log: true, unit, ticks: Vec::new(), step: 0.0 };
-        let decades = (high / low).log10();
+        let (low, high) = (low.log10(), high.log10());
+        let margin = (0.05 * (high - low)).max(0.01);
+        let mut axis = Axis { low: low - margin, high: high + margin, log: true, unit, ticks: Vec::new(), step: 0.0 };
+        let decades = axis.high - axis.low;
         if decades < 0.6 {
             // Too narrow for 1, 2, 5.
-            axis.even_ticks(7.0, 0.0);
+            let mut even = Axis { low: 10f64.powf(axis.low), high: 10f64.powf(axis.high), log: false, ..axis.clone() };
+            even.even_ticks(7.0, 0.0);
+            (axis.ticks, axis.step) = (even.ticks, even.step);
             return axis;
         }
-        let (first, last) = (low.log10().floor() as i32, high.log10().ceil() as i32);
+        let (first, last) = (axis.low.floor() as i32, axis.high.ceil() as i32);
         let every = (f64::from(last - first) / 8.0).ceil().max(1.0) as i32;
         let digits: &[f64] = if decades <= 3.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
         for exponent in (first..=last).filter(|e| e % every == 0) {
-            axis.ticks.extend(digits.iter().map(|d| decimal(*d, exponent)).filter(|t| (low..=high).contains(t)));
+            axis.ticks.extend(digits.iter().map(|d| decimal(*d, exponent)));
         }
+        axis.ticks.retain(|t| (0.0..=1.0).contains(&((t.log10() - axis.low) / decades)));
         axis
     }
 
@@ -91,19 +96,18 @@ impl Axis {
 
     /// Where a value lies, from 0 to 1.
     pub(super) fn position(&self, value: f64) -> f64 {
-        let (low, high, value) =
-            if self.log { (self.low.ln(), self.high.ln(), value.ln()) } else { (self.low, self.high, value) };
-        (value - low) / (high - low)
+        let value = if self.log { value.log10() } else { value };
+        (value - self.low) / (self.high - self.low)
     }
 
     /// Whether a value can be shown at all.
     pub(super) fn shows(&self, value: f64) -> bool {
-        value.is_finite() && (!self.log || value > 0.0)
+        is_drawable(value) && (!self.log || value > TINY)
     }
 
     /// Largest size on the axis.
     fn size(&self) -> f64 {
-        self.low.abs().max(self.high.abs())
+        if self.log { 10f64.powf(self.high) } else { self.low.abs().max(self.high.abs()) }
     }
 
     /// What the title adds to name the unit.
@@ -151,6 +155,14 @@ impl Axis {
         let decimals = places(step);
         format!("{value:.decimals$}{suffix}")
     }
+}
+
+/// Below this a number counts as zero: powers of ten close to the least number are zero themselves.
+pub(super) const TINY: f64 = 1e-290;
+
+/// Whether a value is a number with room around it: differences of the very largest are not finite any more.
+pub(super) fn is_drawable(value: f64) -> bool {
+    value.abs() < 1e300
 }
 
 /// Decimals that tell multiples of a step apart.

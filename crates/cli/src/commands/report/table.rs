@@ -89,8 +89,11 @@ fn digits(value: f64) -> String {
     if value == 0.0 {
         return "0".to_owned();
     }
-    if value.abs() >= 1e4 {
+    if (1e4..1e15).contains(&value) {
         return grouped(value.round() as u64);
+    }
+    if !(1e-12..1e4).contains(&value.abs()) {
+        return format!("{value:.3e}");
     }
     let places = (3.0 - value.abs().log10().floor()).clamp(0.0, 12.0) as usize;
     format!("{value:.places$}")
@@ -115,9 +118,14 @@ mod tests {
 
     #[test]
     fn figures() {
-        for (value, text) in
-            [(0.225_04, "0.2250"), (1137.78, "1138"), (36_325.4, "36,325"), (0.0, "0"), (12.5, "12.50")]
-        {
+        for (value, text) in [
+            (0.225_04, "0.2250"),
+            (1137.78, "1138"),
+            (36_325.4, "36,325"),
+            (0.0, "0"),
+            (12.5, "12.50"),
+            (-1e300, "-1.000e300"),
+        ] {
             assert_eq!(digits(value), text);
         }
         for (value, text) in [
