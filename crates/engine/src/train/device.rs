@@ -242,13 +242,20 @@ fn read_sums(sums: Option<HostArray>) -> Result<StepSums> {
 }
 
 fn compile(runtime: &Runtime, program: &Program, plan: &Plan) -> Result<Compiled> {
-    Ok(runtime.compile(program, &compile_options(plan.step.loss.dtype))?)
+    Ok(runtime.compile(program, &compile_options(plan))?)
 }
 
+/// Work of a step, in FLOP, from which its products are worth a library whose programs cannot be cached.
+const LARGE_STEP: f64 = 2e10;
+
 /// Compile options of training programs.
+///
+/// oneDNN runs the products of weight gradients three times as fast as the default library, but a program that calls it cannot
+/// be stored: small steps compile longer than they run, and go without.
 #[must_use]
-pub fn compile_options(dtype: DType) -> CompileOptions {
-    match dtype {
+pub fn compile_options(plan: &Plan) -> CompileOptions {
+    match plan.step.loss.dtype {
+        DType::BF16 if plan.flops.total >= LARGE_STEP => CompileOptions::bf16(),
         DType::BF16 => CompileOptions::default(),
         _ => CompileOptions::verify_f32(),
     }
