@@ -246,7 +246,7 @@ fn compile(runtime: &Runtime, program: &Program, plan: &Plan) -> Result<Compiled
 }
 
 /// Work of a step, in FLOP, from which its products are worth a library whose programs cannot be cached.
-const LARGE_STEP: f64 = 2e10;
+const LARGE_STEP: f64 = 3e11;
 
 /// Compile options of training programs.
 ///
