@@ -340,25 +340,8 @@ pub fn write_hf(
     let mut manifest = Manifest::default();
     let mut done = 0;
     for file in &plan.files {
-        let mut out = HashedFile::create(&staged.path().join(&file.name))?;
-        out.write(&file.header)?;
-        for t in &file.tensors {
-            let mut sink = TensorSink { out: &mut out, tensor: t, given: 0, before: done, progress: &mut progress };
-            match fill(t.index, &mut sink) {
-                Ok(()) => {}
-                // The sink's own errors come back as they were, not as the source's.
-                Err(e) => match e.downcast::<WriteError>() {
-                    Ok(own) => return Err(*own),
-                    Err(source) => return Err(WriteError::Source { tensor: t.tensor.name.clone(), source }),
-                },
-            }
-            if sink.remaining() > 0 {
-                let (tensor, found) = (t.tensor.name.clone(), sink.given);
-                return Err(WriteError::Length { tensor, expected: t.bytes, found });
-            }
-            done += t.bytes;
-        }
-        manifest.files.push(out.finish(&file.name)?);
+        manifest.files.push(write_file(staged.path(), file, &mut fill, &mut |written| progress(done + written))?);
+        done += file.tensors.iter().map(|t| t.bytes).sum::<u64>();
     }
     let index = plan.index.iter().map(|text| (INDEX_FILE, text.as_bytes()));
     let extra = options.extra_files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice()));
@@ -371,6 +354,39 @@ pub fn write_hf(
     }
     staged.commit()?;
     Ok(manifest)
+}
+
+/// Writes one planned file into a directory that the caller has staged; the file must not exist. `fill` and `progress`
+/// are as in [`write_hf`], for this file alone. Returns the file's digest.
+///
+/// # Errors
+/// When the file exists, `fill` fails or gives another number of bytes than planned, or the file system refuses.
+pub fn write_file(
+    dir: &Path,
+    file: &PlannedFile,
+    fill: &mut dyn FnMut(usize, &mut TensorSink<'_>) -> Result<(), Box<dyn Error + Send + Sync>>,
+    progress: &mut dyn FnMut(u64),
+) -> Result<ManifestFile, WriteError> {
+    let mut done = 0;
+    let mut out = HashedFile::create(&dir.join(&file.name))?;
+    out.write(&file.header)?;
+    for t in &file.tensors {
+        let mut sink = TensorSink { out: &mut out, tensor: t, given: 0, before: done, progress: &mut *progress };
+        match fill(t.index, &mut sink) {
+            Ok(()) => {}
+            // The sink's own errors come back as they were, not as the source's.
+            Err(e) => match e.downcast::<WriteError>() {
+                Ok(own) => return Err(*own),
+                Err(source) => return Err(WriteError::Source { tensor: t.tensor.name.clone(), source }),
+            },
+        }
+        if sink.remaining() > 0 {
+            let (tensor, found) = (t.tensor.name.clone(), sink.given);
+            return Err(WriteError::Length { tensor, expected: t.bytes, found });
+        }
+        done += t.bytes;
+    }
+    Ok(out.finish(&file.name)?)
 }
 
 pub(crate) fn check_extra_files(files: &[(String, Vec<u8>)], taken: &HashSet<&str>) -> Result<(), WriteError> {

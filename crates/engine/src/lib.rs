@@ -17,6 +17,7 @@ pub mod rng;
 pub mod rows;
 pub mod runtime;
 pub mod train;
+pub mod train_state;
 pub mod verify;
 
 pub use error::{EngineError, Result};

@@ -32,7 +32,7 @@ const TOWER_FILES: [&str; 4] =
     ["preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "feature_extractor.json"];
 
 /// Reads the files that are carried along: each from the first directory that has it, unchanged.
-pub(super) fn sidecars(directories: &[PathBuf], towers: bool) -> Result<Vec<(String, Vec<u8>)>> {
+pub(crate) fn sidecars(directories: &[PathBuf], towers: bool) -> Result<Vec<(String, Vec<u8>)>> {
     let names = TEXT_FILES.iter().chain(if towers { TOWER_FILES.as_slice() } else { &[] });
     let mut out = Vec::new();
     for name in names {

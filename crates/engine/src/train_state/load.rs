@@ -1,0 +1,121 @@
+//! A directory is checked and read.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use checkpoint::manifest::Manifest;
+use checkpoint::safetensors::SafetensorsFile;
+use gemma4::param_table;
+use rayon::prelude::*;
+use tensor::{DType, HostArray};
+
+use super::record::Record;
+use super::save::check_moments;
+use super::{OPTIMIZER_FILE, StateError, Store, TrainerState};
+use crate::Model;
+
+/// A checkpoint that was checked completely. Arrays are read when they are asked for.
+#[derive(Debug)]
+pub struct Loaded {
+    /// Everything but arrays.
+    pub state: TrainerState,
+    model: Model,
+    moments: SafetensorsFile,
+}
+
+impl Store {
+    /// Opens a step and checks all of it: lengths and SHA-256 of every file, names, shapes and element types of every
+    /// parameter against the architecture, moments of exactly the trained parameters.
+    ///
+    /// # Errors
+    /// When there is no such step or anything is wrong with it; the message names file or tensor.
+    pub fn load(&self, step: u64) -> Result<Loaded, StateError> {
+        let path = self.path(step);
+        if !path.is_dir() {
+            let steps: Vec<String> = self.steps().iter().map(u64::to_string).collect();
+            let available = if steps.is_empty() {
+                "there is none yet".to_owned()
+            } else {
+                format!("there are: {}", steps.join(", "))
+            };
+            return Err(StateError::NoStep { dir: self.dir.clone(), step, available });
+        }
+        self.check(&path, step).map_err(|reason| self.damaged(step, reason))
+    }
+
+    fn check(&self, path: &Path, step: u64) -> Result<Loaded, String> {
+        let record = Record::read(path, step)?;
+        let files: Vec<Manifest> = record.files.iter().map(|f| Manifest { files: vec![f.clone()] }).collect();
+        // All are read, so that the first one named does not depend on chance.
+        let results: Vec<_> = files.par_iter().map(|m| m.verify(path)).collect();
+        results.into_iter().collect::<Result<Vec<()>, _>>().map_err(|e| e.to_string())?;
+        let model = Model::open(path).map_err(|e| e.to_string())?;
+        if *model.arch() != self.options.arch {
+            return Err("config.json describes another architecture than the one being trained".to_owned());
+        }
+        let moments = SafetensorsFile::open(&path.join(OPTIMIZER_FILE)).map_err(|e| e.to_string())?;
+        let table = param_table(&self.options.arch);
+        for spec in &table {
+            let dtype = model.dtype(&spec.name).map_err(|e| e.to_string())?;
+            if !matches!(dtype, DType::BF16 | DType::F32) {
+                return Err(format!("{} is {dtype}; checkpoints hold bfloat16 and float32", spec.name));
+            }
+        }
+        let trained: BTreeSet<&str> = record.state.trained.iter().map(String::as_str).collect();
+        let names: Vec<&str> = moments.tensors().iter().map(|t| t.name.as_str()).collect();
+        check_moments(&record.state.optimizer, &trained, &names).map_err(|e| format!("{OPTIMIZER_FILE}: {e}"))?;
+        for t in moments.tensors() {
+            let param = t.name.split_once(':').map_or("", |(_, n)| n);
+            let Some(spec) = table.iter().find(|p| p.name == param) else {
+                return Err(format!("{OPTIMIZER_FILE}: {} is of no parameter of the model", t.name));
+            };
+            if t.shape != spec.shape || !matches!(t.dtype, DType::BF16 | DType::F32) {
+                let (found, dtype, shape) = (&t.shape, t.dtype, &spec.shape);
+                return Err(format!("{OPTIMIZER_FILE}: {} is {dtype}{found}, expected floats of {shape}", t.name));
+            }
+        }
+        Ok(Loaded { state: record.state, model, moments })
+    }
+}
+
+impl Loaded {
+    /// The directory, which is a model by itself.
+    #[must_use]
+    pub fn model_dir(&self) -> &Path {
+        self.model.path()
+    }
+
+    /// The model, opened.
+    #[must_use]
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Names of the moments.
+    pub fn moments(&self) -> impl Iterator<Item = &str> {
+        self.moments.tensors().iter().map(|t| t.name.as_str())
+    }
+
+    /// Reads a parameter, trained or frozen, in the element type it was saved in.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn param(&self, name: &str) -> Result<HostArray, StateError> {
+        let missing = || self.no_array("parameter", name);
+        let view = self.model.mapped(name).ok_or_else(missing)?;
+        Ok(HostArray::from_bytes(view.dtype, view.shape.clone(), &view.bytes)?)
+    }
+
+    /// Reads a moment, such as `mu:norm.weight`.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn moment(&self, name: &str) -> Result<HostArray, StateError> {
+        let view = self.moments.tensor(name).ok_or_else(|| self.no_array("moment", name))?;
+        Ok(HostArray::from_bytes(view.dtype, view.shape.clone(), &view.bytes)?)
+    }
+
+    fn no_array(&self, what: &'static str, name: &str) -> StateError {
+        StateError::NoArray { path: self.model_dir().to_owned(), what, name: name.to_owned() }
+    }
+}

@@ -1,0 +1,201 @@
+//! Training checkpoints: everything a run needs to continue exactly, in directories that are models as well.
+//!
+//! `<run>/checkpoints/<step>/` is a Hugging Face model directory (`config.json`, `model-*.safetensors` with an index, the
+//! tokenizer's files) with two more files: `optimizer.safetensors` (moments, named `mu:NAME` and `nu:NAME`) and
+//! `trainer.json` ([`TrainerState`], and length and SHA-256 of every other file). `lapidary_manifest.json` covers
+//! `trainer.json` too.
+//!
+//! - A step appears complete or not at all ([`checkpoint::commit`]). What a killed run left is cleared by
+//!   [`Store::open`].
+//! - Parameters without moments are frozen. They lie in files of their own, which later checkpoints link to.
+//! - [`Store::load`] believes nothing: lengths, digests, names, shapes and element types are checked first.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | `record` | `trainer.json` |
+//! | `save` | a snapshot becomes a directory |
+//! | `frozen` | where tensors come from that a snapshot does not hold |
+//! | `load` | a directory is checked and read |
+//! | `tidy` | removes old steps and what killed runs left |
+//! | `saver` | saves on a thread |
+
+mod error;
+mod frozen;
+mod load;
+mod record;
+mod save;
+mod saver;
+mod tidy;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use fs_err as fs;
+use serde::{Deserialize, Serialize};
+use tensor::HostArray;
+
+pub use error::StateError;
+pub use load::Loaded;
+use record::Record;
+pub use record::{FORMAT, STATE_FILE};
+pub use save::Saved;
+pub use saver::AsyncSaver;
+
+/// Name of the file of moments within a checkpoint.
+pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+
+/// What a run needs besides arrays to continue exactly.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainerState {
+    /// Format of the file: [`FORMAT`].
+    pub format: u32,
+    /// Steps finished.
+    pub step: u64,
+    /// The place in the training data; opaque here.
+    pub cursor: serde_json::Value,
+    /// The optimizer, such as `adamw`. One whose name begins with `adam` has both moments of every trained parameter.
+    pub optimizer: String,
+    /// Hugging Face names, without a prefix, of the parameters that are trained: those with moments.
+    pub trained: Vec<String>,
+    /// Configuration keys that must not change on resume, by name.
+    pub keys: BTreeMap<String, serde_json::Value>,
+    /// The program that wrote it, for people.
+    pub written_by: String,
+}
+
+/// A named array.
+#[derive(Debug, Clone)]
+pub struct Array {
+    /// Hugging Face name without a prefix; for moments with `mu:` or `nu:` before it.
+    pub name: String,
+    /// The values, in the shape of the parameter table.
+    pub data: HostArray,
+}
+
+/// The state of a run after a step.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Everything but arrays.
+    pub state: TrainerState,
+    /// The trained parameters at least; any others that the run made itself.
+    pub params: Vec<Array>,
+    /// Names of all other parameters: unchanged since the source.
+    pub frozen: Vec<String>,
+    /// Moments of exactly the trained parameters: `mu:NAME` and `nu:NAME`.
+    pub moments: Vec<Array>,
+}
+
+/// How checkpoints are kept.
+#[derive(Debug, Clone)]
+pub struct StoreOptions {
+    /// Complete steps to keep, at least one; `None`: all.
+    pub keep: Option<usize>,
+    /// Names and configuration of `Gemma4ForConditionalGeneration` (else `Gemma4ForCausalLM`).
+    pub conditional: bool,
+    /// The architecture.
+    pub arch: gemma4::Arch,
+    /// The model that the run started from: frozen tensors come from it, and the tokenizer's files are carried over.
+    pub source: Option<PathBuf>,
+}
+
+/// The checkpoints of one run.
+#[derive(Debug)]
+pub struct Store {
+    dir: PathBuf,
+    options: StoreOptions,
+    #[cfg(test)]
+    fault: std::sync::Mutex<Option<&'static str>>,
+}
+
+impl Store {
+    /// Opens the directory of checkpoints, which need not exist, and removes what killed runs left in it.
+    ///
+    /// # Errors
+    /// When `keep` is zero or the file system refuses.
+    pub fn open(dir: &Path, options: StoreOptions) -> Result<Store, StateError> {
+        if options.keep == Some(0) {
+            return Err(StateError::Option("the number of checkpoints to keep must be at least 1".to_owned()));
+        }
+        let store = Store {
+            dir: std::path::absolute(dir)?,
+            options,
+            #[cfg(test)]
+            fault: std::sync::Mutex::new(None),
+        };
+        tidy::remove_leftovers(&store.dir)?;
+        Ok(store)
+    }
+
+    /// The newest step that is there; `None` if there is none.
+    ///
+    /// # Errors
+    /// When it is visibly damaged: an older one is not taken silently in its place.
+    pub fn latest(&self) -> Result<Option<u64>, StateError> {
+        let Some(&step) = self.steps().last() else { return Ok(None) };
+        Record::read(&self.path(step), step).map_err(|reason| self.damaged(step, reason))?;
+        Ok(Some(step))
+    }
+
+    /// Every step that is there, damaged or not, in ascending order.
+    #[must_use]
+    pub fn steps(&self) -> Vec<u64> {
+        let names =
+            fs::read_dir(&self.dir).into_iter().flatten().filter_map(|e| e.ok()?.file_name().into_string().ok());
+        // Only the name that `path` gives is a step: `007` is not.
+        let mut steps: Vec<u64> = names
+            .filter_map(|n| n.parse().ok().filter(|s: &u64| s.to_string() == n))
+            .filter(|&s| self.path(s).is_dir())
+            .collect();
+        steps.sort_unstable();
+        steps
+    }
+
+    /// Where a step lies.
+    #[must_use]
+    pub fn path(&self, step: u64) -> PathBuf {
+        self.dir.join(step.to_string())
+    }
+
+    /// The steps that look complete, with their records, newest first.
+    fn complete(&self) -> impl Iterator<Item = (u64, Record)> {
+        self.steps().into_iter().rev().filter_map(|s| Some((s, Record::read(&self.path(s), s).ok()?)))
+    }
+
+    fn damaged(&self, step: u64, reason: String) -> StateError {
+        let others: Vec<String> = self.complete().filter(|(s, _)| *s != step).map(|(s, _)| s.to_string()).collect();
+        let hint = if others.is_empty() {
+            "Remove the directory and start again; there is no other complete step".to_owned()
+        } else {
+            format!("Remove the directory and resume from another step ({})", others.join(", "))
+        };
+        StateError::Damaged { path: self.path(step), reason, hint }
+    }
+
+    /// A place where tests can make a save fail.
+    #[cfg(test)]
+    fn reach(&self, place: &'static str) -> Result<(), StateError> {
+        let fault = self.fault.lock().ok().and_then(|f| *f);
+        if fault == Some(place) { Err(std::io::Error::other(place).into()) } else { Ok(()) }
+    }
+
+    /// Whether a failed save leaves its directory, as a kill would; else it is removed.
+    #[cfg(test)]
+    fn leaves_staged(&self) -> bool {
+        self.fault.lock().is_ok_and(|f| f.is_some())
+    }
+
+    #[cfg(not(test))]
+    #[allow(clippy::unused_self)]
+    fn leaves_staged(&self) -> bool {
+        false
+    }
+
+    #[cfg(not(test))]
+    #[allow(clippy::unused_self, clippy::unnecessary_wraps)]
+    fn reach(&self, _: &'static str) -> Result<(), StateError> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
