@@ -35,6 +35,7 @@ Exit codes: 0 done and true, 1 the answer is no or it failed while running, 2 ba
 #[derive(Debug, Subcommand)]
 enum Command {
     Quickstart(commands::quickstart::Args),
+    Train(commands::train::Args),
     Verify(commands::verify::Args),
     Convert(commands::convert::Args),
     Inspect(commands::inspect::Args),
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
     let ui = Ui::new(cli.quiet);
     let result = match cli.command {
         Command::Quickstart(args) => commands::quickstart::run(&ui, &args),
+        Command::Train(args) => commands::train::run(&ui, &args),
         Command::Verify(args) => commands::verify::run(&ui, &args),
         Command::Bench(args) => commands::bench::run(&ui, &args),
         Command::Convert(args) => commands::convert::run(&ui, &args),

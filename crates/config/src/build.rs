@@ -212,6 +212,8 @@ pub(crate) fn resolve(raw: RawConfig) -> Result<Config, Error> {
             no_decay: r.list("adamw_mask"),
             trainable: r.list("trainable_parameters_mask"),
             gradient_clipping_threshold: r.float("gradient_clipping_threshold"),
+            z_loss_multiplier: r.float("z_loss_multiplier"),
+            train_layer_scalar: r.bool("train_layer_scalar"),
             skip_step_on_spikes: r.bool("skip_step_on_spikes"),
             skip_step_interval: r.size("skip_step_interval"),
             skip_step_scaling_factor: r.float("skip_step_scaling_factor"),

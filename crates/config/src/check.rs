@@ -165,14 +165,6 @@ impl Check<'_> {
     }
 
     fn refused_together(&mut self) {
-        if self.read.bool("scan_layers") {
-            let name = self.read.text("model_name").to_owned();
-            let message = format!(
-                "looping over groups of layers is not offered yet in this version for {name}: its last layers read \
-                 keys and values of earlier ones"
-            );
-            self.report_hint("scan_layers", message, "leave it out; the default is false");
-        }
         if self.read.bool("use_sft") && self.read.bool("packing") && !self.read.bool("tokenize_train_data") {
             self.report("tokenize_train_data", "conversations are tokenized here: it cannot be false with `use_sft`");
         }

@@ -252,6 +252,10 @@ pub struct Optimizer {
     pub trainable: Vec<String>,
     /// Largest gradient norm; 0 does not clip.
     pub gradient_clipping_threshold: f64,
+    /// Factor of the z term of the loss.
+    pub z_loss_multiplier: f64,
+    /// Whether `layer_scalar` is trained.
+    pub train_layer_scalar: bool,
     /// Whether odd steps are skipped.
     pub skip_step_on_spikes: bool,
     /// Steps over which the ordinary is measured.

@@ -9,7 +9,7 @@ use gemma4::{Arch, param_table};
 use half::bf16;
 use rayon::prelude::*;
 use serde_json::json;
-use tensor::{DType, Init};
+use tensor::{DType, HostArray, Init, ParamSpec};
 
 use crate::rng::Philox;
 use crate::{EngineError, Result};
@@ -122,6 +122,20 @@ pub fn write_random(target: &Path, arch: &Arch, options: &InitOptions, progress:
         progress,
     )?;
     Ok(manifest)
+}
+
+/// A freshly initialised parameter in f32: what [`write_random`] writes for the same seed.
+///
+/// # Errors
+/// When memory is short.
+pub fn initial(spec: &ParamSpec, seed: u64) -> Result<HostArray> {
+    let stream = Philox::new(seed, &spec.name);
+    let mut host = HostArray::zeros(DType::F32, spec.shape.clone())?;
+    let draw = Draw::Init(spec.init);
+    host.bytes_mut().par_chunks_mut(PIECE * 4).enumerate().for_each(|(i, out)| {
+        out.copy_from_slice(&draw.bytes(&stream, i * PIECE, out.len() / 4, DType::F32));
+    });
+    Ok(host)
 }
 
 /// How elements are drawn.

@@ -16,6 +16,7 @@ pub mod peak;
 pub mod rng;
 pub mod rows;
 pub mod runtime;
+pub mod train;
 pub mod train_state;
 pub mod verify;
 

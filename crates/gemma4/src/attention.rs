@@ -4,6 +4,7 @@ use graph::{Compare, DotDims, Graph, Value};
 use tensor::DType;
 
 use crate::arch::{Layer, LayerKind};
+use crate::layer::names;
 use crate::nn::{Angles, Result, masked_softmax, project, rms_norm, wide};
 
 /// Query positions of one block of a full layer. A full layer goes through its queries block by block, so that its scores
@@ -25,8 +26,6 @@ pub(crate) struct AttentionWeights {
     pub(crate) q_proj: Value,
     pub(crate) q_norm: Value,
     pub(crate) o_proj: Value,
-    /// Only layers that own keys and values have these.
-    pub(crate) own: Option<OwnWeights>,
 }
 
 /// Projections of a layer that owns keys and values.
@@ -73,9 +72,13 @@ pub(crate) fn own_key_values(
     angles: &Angles,
     seq: &Sequence,
 ) -> Result<(KeyValues, (Value, Value))> {
-    let k_raw = split_heads(g, project(g, a, w.k_proj, seq.dtype)?, layer.kv_heads)?;
+    let k_raw = g.named(project(g, a, w.k_proj, seq.dtype)?, names::KEY_PROJ)?;
+    let k_raw = split_heads(g, k_raw, layer.kv_heads)?;
     let v_raw = match w.v_proj {
-        Some(v) => split_heads(g, project(g, a, v, seq.dtype)?, layer.kv_heads)?,
+        Some(v) => {
+            let v_raw = g.named(project(g, a, v, seq.dtype)?, names::VALUE_PROJ)?;
+            split_heads(g, v_raw, layer.kv_heads)?
+        }
         None => k_raw,
     };
     let k = rms_norm(g, k_raw, Some(w.k_norm), seq.eps)?;
@@ -100,7 +103,8 @@ pub(crate) fn attend(
     let (b, t) = (dims[0], dims[1]);
     let (k, e) = (layer.kv_heads, layer.head_dim);
     let (heads, group) = (seq.heads, seq.heads / k);
-    let q = rms_norm(g, split_heads(g, project(g, a, w.q_proj, seq.dtype)?, heads)?, Some(w.q_norm), seq.eps)?;
+    let q_raw = g.named(project(g, a, w.q_proj, seq.dtype)?, names::QUERY_PROJ)?;
+    let q = rms_norm(g, split_heads(g, q_raw, heads)?, Some(w.q_norm), seq.eps)?;
     // [b, t, k, g, e] -> [b, k, t, g, e]: query head h uses key/value head h / g
     let q_btkge = g.reshape(angles.rotate(g, q)?, [b, t, k, group, e])?;
     let q_bktge = g.transpose(q_btkge, &[0, 2, 1, 3, 4])?;
@@ -114,7 +118,9 @@ pub(crate) fn attend(
         }
     };
     let o_bthe = g.reshape(g.transpose(o_bktge, &[0, 2, 1, 3, 4])?, [b, t, heads * e])?;
-    Ok((project(g, o_bthe, w.o_proj, seq.dtype)?, q))
+    let o_bthe = g.named(o_bthe, names::CONTEXT)?;
+    let out = g.named(project(g, o_bthe, w.o_proj, seq.dtype)?, names::OUT_PROJ)?;
+    Ok((out, q))
 }
 
 /// Row indices of queries and keys, each `[n]` i32, for the causal and window rules.
@@ -125,12 +131,34 @@ struct Positions {
 }
 
 /// Scores, mask, softmax and weighted values of queries `[b, k, t, g, e]` over keys `[b, k, s, e]`; scale 1, no cap.
+///
+/// A gradient computes the scores again: they are the only thing here that grows with `t * s`.
 fn block(
     g: &Graph,
     q: Value,
     kv: KeyValues,
     at: Positions,
-    (query_segments, key_segments): (Option<Value>, Option<Value>),
+    segments: (Option<Value>, Option<Value>),
+    window: Option<usize>,
+    seq: &Sequence,
+) -> Result<Value> {
+    let segmented = segments.0.zip(segments.1);
+    let mut inputs = vec![q, kv.keys, kv.values, at.queries, at.keys];
+    inputs.extend(segmented.into_iter().flat_map(|(q, k)| [q, k]));
+    let outputs = g.remat(&inputs, |g, x| {
+        let (kv, at) = (KeyValues { keys: x[1], values: x[2] }, Positions { queries: x[3], keys: x[4] });
+        let segments = segmented.map(|_| (x[5], x[6]));
+        Ok(vec![block_plain(g, x[0], kv, at, segments, window, seq)?])
+    })?;
+    Ok(outputs[0])
+}
+
+fn block_plain(
+    g: &Graph,
+    q: Value,
+    kv: KeyValues,
+    at: Positions,
+    segments: Option<(Value, Value)>,
     window: Option<usize>,
     seq: &Sequence,
 ) -> Result<Value> {
@@ -152,11 +180,11 @@ fn block(
     // Blocks reach before the first key; those rows are padding.
     let exists = g.compare(Compare::Ge, kj, g.full_like(kj, 0.0)?)?;
     allowed = g.reshape(g.and_bcast(allowed, exists)?, [1, 1, t, 1, s])?;
-    if let (Some(qs), Some(ks)) = (query_segments, key_segments) {
+    if let Some((qs, ks)) = segments {
         let same = g.compare_bcast(Compare::Eq, g.reshape(qs, [b, 1, t, 1, 1])?, g.reshape(ks, [b, 1, 1, 1, s])?)?;
         allowed = g.and_bcast(allowed, same)?;
     }
-    let p = g.convert(masked_softmax(g, scores, allowed)?, seq.dtype)?;
+    let p = masked_softmax(g, scores, allowed, seq.dtype)?;
     let dims = DotDims { lhs_batch: vec![0, 1], rhs_batch: vec![0, 1], lhs_contract: vec![3], rhs_contract: vec![2] };
     let o = g.dot_general(g.reshape(p, [b, k, t * group, s])?, kv.values, dims, wide(seq.dtype))?;
     g.reshape(g.convert(o, seq.dtype)?, [b, k, t, group, e])

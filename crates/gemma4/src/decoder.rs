@@ -8,9 +8,11 @@ use std::collections::HashMap;
 use graph::{Graph, GraphError, Program, Value};
 use tensor::{DType, ParamSpec};
 
-use crate::arch::{KvSource, Layer, LayerKind, PerKind};
-use crate::attention::{AttentionTrace, AttentionWeights, KeyValues, OwnWeights, Sequence, attend, own_key_values};
-use crate::nn::{Angles, Result, gelu_tanh, project, rms_norm, scale_f32, wide};
+use crate::arch::{KvSource, LayerKind, PerKind};
+use crate::attention::KeyValues;
+use crate::layer::{LayerContext, LayerInput, LayerOutputs, LayerWeights, layer};
+use crate::layout::{Layout, Run, Slot, role};
+use crate::nn::{Angles, Result, project, rms_norm, scale_f32, wide};
 use crate::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, param_table};
 use crate::{Arch, PerLayerInput};
 
@@ -89,8 +91,10 @@ pub fn forward_program(
         false => g.iota(DType::I32, [b, t], 1)?,
     };
     let weights = Weights::inputs(&g, body_params(arch), stored)?;
-    let decoder = Decoder { g: &g, arch, weights: &weights, dtype: options.dtype };
-    let out = decoder.run(ids, rows, segments, positions)?;
+    let layout = Layout::unrolled(arch);
+    let (dtype, remat) = (options.dtype, LayerRemat::Everything);
+    let decoder = Decoder { g: &g, arch, layout: &layout, weights: &weights, dtype, remat };
+    let out = decoder.run(&Tokens { ids, rows, segments, positions })?;
     out.emit(&g, options.trace)?;
     g.finish()
 }
@@ -135,11 +139,15 @@ fn head(g: &Graph, arch: &Arch, x: Value, table: Value) -> Result<Value> {
     }
 }
 
-/// Parameters as values of a graph, by Hugging Face name.
+/// Parameters as values of a graph, by the names of a [`Layout`]'s slots.
 #[derive(Debug)]
-struct Weights(HashMap<String, Value>);
+pub(crate) struct Weights(HashMap<String, Value>);
 
 impl Weights {
+    pub(crate) fn new(values: HashMap<String, Value>) -> Self {
+        Weights(values)
+    }
+
     fn inputs(g: &Graph, params: impl Iterator<Item = ParamSpec>, stored: &dyn Fn(&str) -> DType) -> Result<Self> {
         params
             .map(|p| {
@@ -151,45 +159,56 @@ impl Weights {
     }
 
     /// The parameter as stored. The names asked for are those of the table that the map was made from.
-    fn stored(&self, name: &str) -> Value {
+    pub(crate) fn stored(&self, name: &str) -> Value {
         self.0[name]
     }
 
     /// The parameter in the activation dtype.
-    fn cast(&self, g: &Graph, name: &str, dtype: DType) -> Result<Value> {
+    pub(crate) fn cast(&self, g: &Graph, name: &str, dtype: DType) -> Result<Value> {
         g.convert(self.stored(name), dtype)
     }
 }
 
-/// What the layers share while the program is built.
-struct State {
-    ple: Option<Value>,
-    seq: Sequence,
-    angles: PerKind<Angles>,
-    /// Of every own layer so far.
-    key_values: HashMap<usize, KeyValues>,
+/// What the gradient of a layer keeps of its forward pass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LayerRemat {
+    /// Whatever it needs.
+    Everything,
+    /// The layer's input and the values of these names ([`names`](crate::layer::names)); the rest is computed again.
+    Keep(Vec<&'static str>),
 }
 
-struct Decoder<'a> {
-    g: &'a Graph,
-    arch: &'a Arch,
-    weights: &'a Weights,
-    dtype: DType,
+/// The forward pass over given weights.
+pub(crate) struct Decoder<'a> {
+    pub(crate) g: &'a Graph,
+    pub(crate) arch: &'a Arch,
+    pub(crate) layout: &'a Layout,
+    pub(crate) weights: &'a Weights,
+    pub(crate) dtype: DType,
+    pub(crate) remat: LayerRemat,
+}
+
+/// Tokens as values of a graph.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tokens {
+    /// `[b, t]` i32.
+    pub(crate) ids: Value,
+    /// Rows of the per-layer table, `[b, t, l * p]`.
+    pub(crate) rows: Option<Value>,
+    /// `[b, t]` i32.
+    pub(crate) segments: Option<Value>,
+    /// `[b, t]` i32.
+    pub(crate) positions: Value,
 }
 
 /// Everything a forward pass computed that someone may ask for.
-struct Outputs {
+pub(crate) struct Outputs {
     embed: Value,
     ple: Option<Value>,
+    /// Of the layers that are written out and not computed again.
     layers: Vec<LayerOutputs>,
-    last: Value,
-}
-
-struct LayerOutputs {
-    hidden: Value,
-    attention: AttentionTrace,
-    attn: Value,
-    mlp: Value,
+    /// After the last norm.
+    pub(crate) last: Value,
 }
 
 impl Outputs {
@@ -218,44 +237,50 @@ impl Outputs {
     }
 }
 
+/// What the layers share while the program is built.
+struct State {
+    x: Value,
+    ple: Option<Value>,
+    segments: Option<Value>,
+    angles: PerKind<Angles>,
+    /// Of every donor so far.
+    key_values: HashMap<usize, KeyValues>,
+    /// What may be looked at.
+    outputs: Vec<LayerOutputs>,
+}
+
 impl Decoder<'_> {
-    fn run(&self, ids: Value, rows: Option<Value>, segments: Option<Value>, positions: Value) -> Result<Outputs> {
+    pub(crate) fn run(&self, tokens: &Tokens) -> Result<Outputs> {
         let g = self.g;
         let spec = self.arch.spec();
         let embed = {
             let _scope = g.scope("embed");
-            let rows_btd = g.convert(g.take(self.weights.stored(EMBED_TOKENS), ids)?, self.dtype)?;
+            let rows_btd = g.convert(g.take(self.weights.stored(EMBED_TOKENS), tokens.ids)?, self.dtype)?;
             // sqrt(hidden) is rounded to the activation dtype before the product: 39.25 for E2B in bf16.
             // The reference's f32 model has the f32 root, also where the arithmetic is f64.
             g.mul_scalar(rows_btd, f64::from((spec.hidden_size as f32).sqrt()))?
         };
-        let ple = match (self.arch.per_layer_input(), rows) {
+        let ple = match (self.arch.per_layer_input(), tokens.rows) {
             (Some(p), Some(rows)) => Some(self.per_layer_inputs(p, embed, rows)?),
             _ => None,
         };
-        let angles = |kind| Angles::new(g, positions, spec.rope.get(kind), spec.head_dim.get(kind), self.dtype);
+        let angles = |kind| Angles::new(g, tokens.positions, spec.rope.get(kind), spec.head_dim.get(kind), self.dtype);
         let mut state = State {
+            x: embed,
             ple,
-            seq: Sequence {
-                segments,
-                eps: spec.rms_norm_eps,
-                window: spec.sliding_window,
-                heads: spec.num_heads,
-                dtype: self.dtype,
-            },
+            segments: tokens.segments,
             angles: PerKind { sliding: angles(LayerKind::Sliding)?, full: angles(LayerKind::Full)? },
             key_values: HashMap::new(),
+            outputs: Vec::new(),
         };
-        let mut x = embed;
-        let mut layers = Vec::with_capacity(self.arch.layers().len());
-        for (index, layer) in self.arch.layers().iter().enumerate() {
-            let _scope = g.scope(&format!("layers.{index}"));
-            let out = self.layer(index, layer, x, &mut state)?;
-            x = out.hidden;
-            layers.push(out);
+        for run in self.layout.runs() {
+            match *run {
+                Run::Layer(index) => self.layer(index, &mut state)?,
+                Run::Loop { start, groups, period } => self.looped(start, groups, period, &mut state)?,
+            }
         }
-        let last = rms_norm(g, x, Some(self.weights.stored("norm.weight")), spec.rms_norm_eps)?;
-        Ok(Outputs { embed, ple, layers, last })
+        let last = rms_norm(g, state.x, Some(self.weights.stored("norm.weight")), spec.rms_norm_eps)?;
+        Ok(Outputs { embed, ple, layers: state.outputs, last })
     }
 
     /// `[b, t, l, p]`: what every layer gets to know of the token and its embedding, computed once.
@@ -272,56 +297,157 @@ impl Decoder<'_> {
         scale_f32(g, g.add(ctx, g.reshape(tok, shape)?)?, 0.5f64.sqrt())
     }
 
-    fn layer(&self, index: usize, layer: &Layer, x: Value, state: &mut State) -> Result<LayerOutputs> {
-        let g = self.g;
-        let State { ple, seq, .. } = *state;
-        let angles = state.angles.get(layer.kind);
-        let name = |s: &str| format!("layers.{index}.{s}");
-        let norm = |x: Value, s: &str| rms_norm(g, x, Some(self.weights.stored(&name(s))), seq.eps);
-        let matrix = |s: &str| self.weights.cast(g, &name(s), self.dtype);
-
-        let a = norm(x, "input_layernorm.weight")?;
-        let weights = AttentionWeights {
-            q_proj: matrix("self_attn.q_proj.weight")?,
-            q_norm: self.weights.stored(&name("self_attn.q_norm.weight")),
-            o_proj: matrix("self_attn.o_proj.weight")?,
-            own: match layer.kv {
-                KvSource::Shared { .. } => None,
-                KvSource::Own => Some(OwnWeights {
-                    k_proj: matrix("self_attn.k_proj.weight")?,
-                    k_norm: self.weights.stored(&name("self_attn.k_norm.weight")),
-                    v_proj: if layer.k_eq_v { None } else { Some(matrix("self_attn.v_proj.weight")?) },
-                }),
-            },
-        };
-        let (kv, own_trace) = match (layer.kv, &weights.own) {
-            (KvSource::Shared { donor }, _) => (state.key_values[&donor], None),
-            (KvSource::Own, own) => {
-                let own = own.as_ref().expect("set above for layers that own keys and values");
-                let (kv, trace) = own_key_values(g, layer, a, own, &angles, &seq)?;
-                state.key_values.insert(index, kv);
-                (kv, Some(trace))
-            }
-        };
-        let (attn, q) = attend(g, layer, a, &weights, kv, &angles, &seq)?;
-        let x = g.add(x, norm(attn, "post_attention_layernorm.weight")?)?;
-
-        let h = norm(x, "pre_feedforward_layernorm.weight")?;
-        let gate = gelu_tanh(g, project(g, h, matrix("mlp.gate_proj.weight")?, self.dtype)?)?;
-        let up = project(g, h, matrix("mlp.up_proj.weight")?, self.dtype)?;
-        let mlp = project(g, g.mul(gate, up)?, matrix("mlp.down_proj.weight")?, self.dtype)?;
-        let mut x = g.add(x, norm(mlp, "post_feedforward_layernorm.weight")?)?;
-
-        if let Some(ple) = ple {
-            let d = g.dims(ple);
-            let slice = g.reshape(g.slice_dim(ple, 2, index, index + 1)?, [d[0], d[1], d[3]])?;
-            // The gate reads the residual stream un-normed.
-            let gate = gelu_tanh(g, project(g, x, matrix("per_layer_input_gate.weight")?, self.dtype)?)?;
-            let y = project(g, g.mul(gate, slice)?, matrix("per_layer_projection.weight")?, self.dtype)?;
-            x = g.add(x, norm(y, "post_per_layer_input_norm.weight")?)?;
+    fn context(&self, index: usize) -> LayerContext {
+        let spec = self.arch.spec();
+        LayerContext {
+            layer: self.arch.layers()[index],
+            heads: spec.num_heads,
+            window: spec.sliding_window,
+            eps: spec.rms_norm_eps,
+            dtype: self.dtype,
         }
-        // The whole residual stream, after everything.
-        let hidden = g.mul_bcast(x, matrix("layer_scalar")?)?;
-        Ok(LayerOutputs { hidden, attention: AttentionTrace { q, kv: own_trace }, attn, mlp })
+    }
+
+    /// The slots of the layer at `index`, with their parameters' names without `layers.N.`.
+    fn layer_slots(&self, index: usize) -> Vec<(String, Value)> {
+        let of_layer = |s: &&Slot| s.spec().layer == Some(index);
+        let named = |s: &Slot| role(s.spec()).map(|r| (r.to_owned(), self.weights.stored(&s.name)));
+        self.layout.slots().iter().filter(of_layer).filter_map(named).collect()
+    }
+
+    fn layer(&self, index: usize, state: &mut State) -> Result<()> {
+        let g = self.g;
+        let _scope = g.scope(&format!("layers.{index}"));
+        let cx = self.context(index);
+        let ple = state.ple.map(|ple| {
+            let d = g.dims(ple);
+            g.reshape(g.slice_dim(ple, 2, index, index + 1)?, [d[0], d[1], d[3]])
+        });
+        let borrowed = match cx.layer.kv {
+            KvSource::Shared { donor } => Some(state.key_values[&donor]),
+            KvSource::Own => None,
+        };
+        let angles = state.angles.get(cx.layer.kind);
+        let input = LayerInput { x: state.x, ple: ple.transpose()?, borrowed, angles, segments: state.segments };
+        let weights = LayerWeights::new(self.layer_slots(index));
+        let (hidden, kv, outputs) = self.rematerialised(g, &cx, &input, &weights)?;
+        state.x = hidden;
+        state.outputs.extend(outputs);
+        if let Some(kv) = kv {
+            state.key_values.insert(index, kv);
+        }
+        Ok(())
+    }
+
+    /// The layer, of which a gradient keeps what was asked for.
+    fn rematerialised(
+        &self,
+        g: &Graph,
+        cx: &LayerContext,
+        input: &LayerInput,
+        weights: &LayerWeights,
+    ) -> Result<(Value, Option<KeyValues>, Option<LayerOutputs>)> {
+        let LayerRemat::Keep(names) = &self.remat else {
+            let out = layer(g, cx, input, weights)?;
+            return Ok((out.hidden, out.kv, Some(out)));
+        };
+        let values: Vec<Value> = input.values().into_iter().chain(weights.values()).collect();
+        let out = g.remat_keeping(&values, names, |g, v| {
+            let (input, rest) = input.with(v);
+            let out = layer(g, cx, &input, &weights.with(rest))?;
+            Ok([out.hidden].into_iter().chain(out.kv.into_iter().flat_map(|kv| [kv.keys, kv.values])).collect())
+        })?;
+        let kv = (out.len() == 3).then(|| KeyValues { keys: out[1], values: out[2] });
+        Ok((out[0], kv, None))
+    }
+
+    /// A loop over repetitions of the pattern. Keys and values of donors, which are in the last repetition, come out of its
+    /// carry; those that its layers borrow go in as invariants.
+    fn looped(&self, start: usize, groups: usize, period: usize, state: &mut State) -> Result<()> {
+        let g = self.g;
+        let _scope = g.scope(&format!("layers.{start}-{}", start + groups * period - 1));
+        let contexts: Vec<LayerContext> = (start..start + period).map(|i| self.context(i)).collect();
+        let dims = g.dims(state.x);
+        let (b, t) = (dims[0], dims[1]);
+
+        let mut carry = vec![state.x];
+        let mut donors = Vec::new();
+        for (j, cx) in contexts.iter().enumerate() {
+            let last = start + (groups - 1) * period + j;
+            if self.arch.is_donor(last) {
+                let nothing = g.splat(self.dtype, [b, cx.layer.kv_heads, t, cx.layer.head_dim], 0.0)?;
+                carry.extend([nothing, nothing]);
+                donors.push((j, last));
+            }
+        }
+        let mut consts = Vec::new();
+        for kind in [LayerKind::Sliding, LayerKind::Full] {
+            let Angles { cos, sin } = state.angles.get(kind);
+            consts.extend([cos, sin]);
+        }
+        consts.extend(state.segments);
+        let mut borrowed: Vec<usize> = contexts
+            .iter()
+            .filter_map(|cx| match cx.layer.kv {
+                KvSource::Shared { donor } => Some(donor),
+                KvSource::Own => None,
+            })
+            .collect();
+        borrowed.sort_unstable();
+        borrowed.dedup();
+        for donor in &borrowed {
+            let KeyValues { keys, values } = state.key_values[donor];
+            consts.extend([keys, values]);
+        }
+        let slots: Vec<Vec<(String, Value)>> = (start..start + period).map(|i| self.layer_slots(i)).collect();
+        let mut xs: Vec<Value> = slots.iter().flatten().map(|&(_, v)| v).collect();
+        if let Some(ple) = state.ple {
+            // [b, t, l, p] -> [groups, period, b, t, p]
+            let p = g.dims(ple)[3];
+            let part = g.slice_dim(ple, 2, start, start + groups * period)?;
+            let part = g.transpose(g.reshape(part, [b, t, groups, period, p])?, &[2, 3, 0, 1, 4])?;
+            xs.push(part);
+        }
+        let segmented = state.segments.is_some();
+        let (out, _) = g.scan(groups, &carry, &xs, &consts, |g, c, x, k| {
+            let angles = PerKind { sliding: Angles { cos: k[0], sin: k[1] }, full: Angles { cos: k[2], sin: k[3] } };
+            let segments = segmented.then(|| k[4]);
+            let lent = &k[4 + usize::from(segmented)..];
+            let mut hidden = c[0];
+            let mut carried = Vec::new();
+            let mut weights = x;
+            let ple = state.ple.and(x.last().copied());
+            for (j, cx) in contexts.iter().enumerate() {
+                let (own, rest) = weights.split_at(slots[j].len());
+                weights = rest;
+                let named = slots[j].iter().zip(own).map(|((name, _), &v)| (name.clone(), v)).collect();
+                let slice = ple.map(|ple| {
+                    let d = g.dims(ple);
+                    g.reshape(g.slice_dim(ple, 0, j, j + 1)?, [d[1], d[2], d[3]])
+                });
+                let from = match cx.layer.kv {
+                    KvSource::Shared { donor } => borrowed.iter().position(|&d| d == donor),
+                    KvSource::Own => None,
+                };
+                let input = LayerInput {
+                    x: hidden,
+                    ple: slice.transpose()?,
+                    borrowed: from.map(|i| KeyValues { keys: lent[2 * i], values: lent[2 * i + 1] }),
+                    angles: angles.get(cx.layer.kind),
+                    segments,
+                };
+                let (next, kv, _) = self.rematerialised(g, cx, &input, &LayerWeights::new(named))?;
+                hidden = next;
+                if donors.iter().any(|&(d, _)| d == j) {
+                    carried.extend(kv.into_iter().flat_map(|kv| [kv.keys, kv.values]));
+                }
+            }
+            Ok(([vec![hidden], carried].concat(), vec![]))
+        })?;
+        state.x = out[0];
+        for (i, &(_, index)) in donors.iter().enumerate() {
+            state.key_values.insert(index, KeyValues { keys: out[1 + 2 * i], values: out[2 + 2 * i] });
+        }
+        Ok(())
     }
 }

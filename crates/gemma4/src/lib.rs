@@ -20,9 +20,13 @@ pub mod decoder;
 pub mod flops;
 mod from_config;
 pub mod hf;
+pub mod layer;
+pub mod layout;
+pub mod loss;
 mod nn;
 pub mod params;
 
 pub use arch::{Arch, ArchError, KvSource, Layer, LayerKind, PerLayerInput, Rope};
 pub use flops::Flops;
+pub use layout::Layout;
 pub use params::param_table;

@@ -14,30 +14,77 @@ pub(crate) type Result<T> = std::result::Result<T, GraphError>;
 
 /// RMS norm over the last axis: statistics and weight in f32, then **one** rounding to the dtype of `x`.
 /// The weight is used as stored, there is no "+ 1".
+///
+/// The gradient keeps `x` and one number a row.
 pub(crate) fn rms_norm(g: &Graph, x: Value, weight: Option<Value>, eps: f64) -> Result<Value> {
     let dtype = g.dtype(x);
     let last = g.shape(x).rank() - 1;
     let width = g.dims(x)[last] as f64;
-    let x32 = g.convert(x, wide(dtype))?;
-    let sum = g.reduce_sum_keep(g.mul(x32, x32)?, &[last])?;
-    let mean = g.mul_scalar(sum, 1.0 / width)?;
-    let inverse = g.rsqrt(g.add_scalar(mean, eps)?)?;
-    let mut y = g.mul_bcast(x32, inverse)?;
-    if let Some(w) = weight {
-        y = g.mul_bcast(y, g.convert(w, wide(dtype))?)?;
-    }
-    g.convert(y, dtype)
+    let inputs: Vec<Value> = [x].into_iter().chain(weight).collect();
+    let forward = |g: &Graph, v: &[Value]| {
+        let x32 = g.convert(v[0], wide(dtype))?;
+        let sum = g.reduce_sum_keep(g.mul(x32, x32)?, &[last])?;
+        let mean = g.mul_scalar(sum, 1.0 / width)?;
+        let inverse = g.rsqrt(g.add_scalar(mean, eps)?)?;
+        let mut y = g.mul_bcast(x32, inverse)?;
+        if let Some(&w) = v.get(1) {
+            y = g.mul_bcast(y, g.convert(w, wide(dtype))?)?;
+        }
+        Ok((vec![g.convert(y, dtype)?], vec![inverse]))
+    };
+    // With n = x * inverse: dx = inverse * (ct * w - n * mean(ct * w * n)), dw = sum over rows of ct * n.
+    let backward = |g: &Graph, v: &[Value], kept: &[Value], ct: &[Value]| {
+        let x32 = g.convert(v[0], wide(dtype))?;
+        let ct32 = g.convert(ct[0], wide(dtype))?;
+        let n = g.mul_bcast(x32, kept[0])?;
+        let scaled = match v.get(1) {
+            Some(&w) => g.mul_bcast(ct32, g.convert(w, wide(dtype))?)?,
+            None => ct32,
+        };
+        let mean = g.mul_scalar(g.reduce_sum_keep(g.mul(scaled, n)?, &[last])?, 1.0 / width)?;
+        let dx = g.mul_bcast(g.sub(scaled, g.mul_bcast(n, mean)?)?, kept[0])?;
+        let mut gradients = vec![Some(g.convert(dx, dtype)?)];
+        if let Some(&w) = v.get(1) {
+            let rows: Vec<usize> = (0..last).collect();
+            gradients.push(Some(g.convert(g.reduce_sum(g.mul(ct32, n)?, &rows)?, g.dtype(w))?));
+        }
+        Ok(gradients)
+    };
+    Ok(g.custom_vjp(&inputs, forward, backward)?[0])
 }
 
-/// `gelu_pytorch_tanh`: computed in f32 and rounded once, as torch does inside its kernel.
-pub(crate) fn gelu_tanh(g: &Graph, x: Value) -> Result<Value> {
-    let dtype = g.dtype(x);
-    let u = g.convert(x, wide(dtype))?;
-    let cube = g.mul(g.mul(u, u)?, u)?;
-    let inner = g.add(u, g.mul_scalar(cube, 0.044715)?)?;
-    let t = g.tanh(g.mul_scalar(inner, (2.0 / std::f64::consts::PI).sqrt())?)?;
-    let y = g.mul(g.mul_scalar(u, 0.5)?, g.add_scalar(t, 1.0)?)?;
-    g.convert(y, dtype)
+/// `gelu_pytorch_tanh` of `gate`, rounded once as torch does inside its kernel, times `up`.
+///
+/// The gradient keeps the two operands alone.
+pub(crate) fn gated_gelu(g: &Graph, gate: Value, up: Value) -> Result<Value> {
+    const CUBIC: f64 = 0.044715;
+    let dtype = g.dtype(gate);
+    let slope = (2.0 / std::f64::consts::PI).sqrt();
+    // tanh(slope * (u + CUBIC * u^3)) and u^2
+    let tanh = |g: &Graph, u: Value| {
+        let square = g.mul(u, u)?;
+        let inner = g.mul(u, g.add_scalar(g.mul_scalar(square, CUBIC)?, 1.0)?)?;
+        Ok::<_, graph::GraphError>((g.tanh(g.mul_scalar(inner, slope)?)?, square))
+    };
+    let gelu = |g: &Graph, u: Value, t: Value| g.mul(g.mul_scalar(u, 0.5)?, g.add_scalar(t, 1.0)?);
+    let forward = |g: &Graph, v: &[Value]| {
+        let u = g.convert(v[0], wide(dtype))?;
+        let (t, _) = tanh(g, u)?;
+        Ok((vec![g.mul(g.convert(gelu(g, u, t)?, dtype)?, v[1])?], Vec::new()))
+    };
+    let backward = |g: &Graph, v: &[Value], _: &[Value], ct: &[Value]| {
+        let u = g.convert(v[0], wide(dtype))?;
+        let (t, square) = tanh(g, u)?;
+        let ct = g.convert(ct[0], wide(dtype))?;
+        // gelu' = (1 + t) / 2 + u / 2 * (1 - t^2) * slope * (1 + 3 CUBIC u^2)
+        let inner = g.mul_scalar(g.add_scalar(g.mul_scalar(square, 3.0 * CUBIC)?, 1.0)?, slope)?;
+        let bend = g.mul(g.mul(u, inner)?, g.add_scalar(g.neg(g.mul(t, t)?)?, 1.0)?)?;
+        let d = g.mul_scalar(g.add(g.add_scalar(t, 1.0)?, bend)?, 0.5)?;
+        let d_gate = g.mul(g.mul(ct, g.convert(v[1], wide(dtype))?)?, d)?;
+        let d_up = g.mul(ct, gelu(g, u, t)?)?;
+        Ok(vec![Some(g.convert(d_gate, dtype)?), Some(g.convert(d_up, dtype)?)])
+    };
+    Ok(g.custom_vjp(&[gate, up], forward, backward)?[0])
 }
 
 /// `x` times an f32 scalar with one rounding, as torch multiplies a tensor by a Python float.
@@ -50,9 +97,9 @@ pub(crate) fn scale_f32(g: &Graph, x: Value, s: f64) -> Result<Value> {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Angles {
     /// `[b, t, e / 2]` in the activation dtype.
-    cos: Value,
+    pub(crate) cos: Value,
     /// `[b, t, e / 2]` in the activation dtype.
-    sin: Value,
+    pub(crate) sin: Value,
 }
 
 impl Angles {
@@ -84,20 +131,32 @@ impl Angles {
     }
 }
 
-/// Softmax over the last axis of wide scores, with excluded positions at exactly zero.
+/// Softmax over the last axis of wide scores, rounded to `dtype`, with excluded positions at exactly zero.
 /// At least one position of every row must be allowed.
-pub(crate) fn masked_softmax(g: &Graph, scores: Value, allowed: Value) -> Result<Value> {
+///
+/// The gradient keeps the probabilities alone: ds = p * (dp - sum(dp * p)).
+pub(crate) fn masked_softmax(g: &Graph, scores: Value, allowed: Value, dtype: DType) -> Result<Value> {
     let last = g.shape(scores).rank() - 1;
-    let low = g.full_like(scores, graph::finite_min(g.dtype(scores)))?;
-    let masked = g.select(g.broadcast_to(allowed, g.shape(scores))?, scores, low)?;
-    let shifted = g.sub_bcast(masked, g.reduce_max_keep(masked, &[last])?)?;
-    let e = g.exp(shifted)?;
-    g.div_bcast(e, g.reduce_sum_keep(e, &[last])?)
+    let score = g.dtype(scores);
+    let forward = |g: &Graph, v: &[Value]| {
+        let low = g.full_like(v[0], graph::finite_min(score))?;
+        let masked = g.select(g.broadcast_to(v[1], g.shape(v[0]))?, v[0], low)?;
+        let e = g.exp(g.sub_bcast(masked, g.reduce_max_keep(masked, &[last])?)?)?;
+        let p = g.convert(g.div_bcast(e, g.reduce_sum_keep(e, &[last])?)?, dtype)?;
+        Ok((vec![p], vec![p]))
+    };
+    let backward = |g: &Graph, _: &[Value], kept: &[Value], ct: &[Value]| {
+        let (p, ct) = (g.convert(kept[0], score)?, g.convert(ct[0], score)?);
+        let dot = g.reduce_sum_keep(g.mul(ct, p)?, &[last])?;
+        Ok(vec![Some(g.mul(p, g.sub_bcast(ct, dot)?)?), None])
+    };
+    Ok(g.custom_vjp(&[scores, allowed], forward, backward)?[0])
 }
 
-/// `x` `[.., k]` times the transpose of `w` `[n, k]`, accumulated in f32 (f64) and rounded once to `dtype`.
+/// `x` `[.., k]` times the transpose of `w` `[n, k]`, in `dtype`.
 ///
-/// Asking for narrow results would leave the accumulator's precision to the library behind the product.
+/// The result is asked for in the operands' own dtype, for which every library has its fastest kernel; all of them accumulate
+/// in f32.
 pub(crate) fn project(g: &Graph, x: Value, w: Value, dtype: DType) -> Result<Value> {
-    g.convert(g.matmul_nt(x, w, wide(dtype))?, dtype)
+    g.matmul_nt(x, w, dtype)
 }

@@ -248,7 +248,7 @@ impl Client {
         options: &CompileOptions,
         cache: Option<&ExecutableCache>,
     ) -> Result<(Executable, CacheOutcome)> {
-        let Some(cache) = cache else {
+        let Some(cache) = cache.filter(|_| options.is_serializable()) else {
             let executable = self.compile(program, options)?;
             return Ok((executable, CacheOutcome { lookup: Lookup::Off, store_error: None }));
         };

@@ -101,7 +101,8 @@ impl CompileOptions {
 
     /// For training and decoding in bf16: matrix products go to oneDNN on a CPU. Programs should ask for bf16
     /// results of bf16 products: see [`CompileOptions`] for figures. Other platforms refuse CPU flags; use
-    /// [`CompileOptions::default`] there.
+    /// [`CompileOptions::default`] there. Programs compiled with it cannot be cached
+    /// ([`CompileOptions::is_serializable`]).
     #[must_use]
     pub fn bf16() -> Self {
         CompileOptions::default().with("xla_cpu_use_onednn", true).with("xla_cpu_experimental_onednn_custom_call", true)
@@ -119,6 +120,14 @@ impl CompileOptions {
     pub fn with(mut self, name: impl Into<String>, value: impl Into<OptionValue>) -> Self {
         self.overrides.push((name.into(), value.into()));
         self
+    }
+
+    /// Whether the compiled program can be stored. One with calls into oneDNN cannot: the plugin throws a C++ exception
+    /// through the C API, which ends the process.
+    #[must_use]
+    pub fn is_serializable(&self) -> bool {
+        let on = |name: &str| self.overrides.iter().any(|(n, v)| n == name && *v == OptionValue::Bool(true));
+        !on("xla_cpu_experimental_onednn_custom_call")
     }
 
     /// The same options for a program partitioned over `n` devices by its `sdy` annotations.
@@ -253,5 +262,6 @@ mod tests {
         assert!(d().with("--x", true).encode(&[]).is_err());
         assert!(d().with("x", OptionValue::Double(f64::NAN)).encode(&[]).is_err());
         assert_eq!(d().partitioned(4).device_count().unwrap(), 4);
+        assert!(d().is_serializable() && !CompileOptions::bf16().is_serializable());
     }
 }

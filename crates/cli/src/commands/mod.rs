@@ -11,6 +11,7 @@ pub(crate) mod inspect;
 pub(crate) mod plugin;
 pub(crate) mod quickstart;
 pub(crate) mod report;
+pub(crate) mod train;
 pub(crate) mod verify;
 
 use std::fmt;

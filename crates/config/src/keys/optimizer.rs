@@ -64,6 +64,13 @@ pub(super) const KEYS: &[Key] = &within(
             1.0,
             "Largest norm of the whole gradient; a larger one is scaled down to it. 0 does not clip.",
         ),
+        Key::float("z_loss_multiplier", 0.0, "Factor of the squared log-partition added to every token's loss."),
+        Key::bool(
+            "train_layer_scalar",
+            false,
+            "Trains every layer's `layer_scalar`, which Hugging Face holds as a constant.",
+        )
+        .own(),
         Key::bool("skip_step_on_spikes", false, "Skips a step whose loss or gradient norm is far out of the ordinary."),
         Key::int(
             "skip_step_interval",

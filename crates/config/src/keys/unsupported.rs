@@ -264,7 +264,6 @@ pub const GROUPS: &[Group] = &[
             ("mtp_num_layers", Some(Int(0))),
             ("mtp_loss_scaling_factor", Some(Float(0.1))),
             ("mtp_eval_target_module", Some(Int(0))),
-            ("z_loss_multiplier", Some(Float(0.0))),
             ("training_objective", Some(Text("causal_lm"))),
             ("block_diffusion_mask_id", Some(Int(-1))),
             ("block_diffusion_min_noise", Some(Float(0.001))),

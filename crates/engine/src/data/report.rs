@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 /// What a source has read since it was opened.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, serde::Serialize)]
 pub struct DataReport {
     /// Documents read, repeats in later epochs included.
     pub documents: u64,
@@ -34,7 +34,7 @@ impl DataReport {
 }
 
 /// A document that could not be used.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct BadDocument {
     /// Its file.
     pub file: PathBuf,

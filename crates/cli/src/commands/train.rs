@@ -1,0 +1,130 @@
+//! `lapidary train`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use config::{Filter, Sources};
+use engine::train::{End, Event, TrainError, TrainOptions, TrainReport, train};
+use serde_json::json;
+
+use super::{CommandResult, EngineArgs, Failure, Outcome};
+use crate::ui::{Ui, bytes, seconds};
+
+/// Train a model: from random weights or from a checkpoint, on text or synthetic batches.
+///
+/// Every key of MaxText's configuration that applies is accepted as `key=value`, in a YAML file, or as an environment variable
+/// `M_KEY`; `lapidary config explain KEY` tells what it does. A run lives in `base_output_directory/run_name`: checkpoints (each
+/// a Hugging Face model directory), metrics, TensorBoard files and the final configuration. Started again under the same
+/// run_name it goes on from its last checkpoint, bit for bit. Ctrl-C saves and ends.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// A configuration file, then keys: [CONFIG.yml] key=value ...
+    #[arg(value_name = "CONFIG.yml | KEY=VALUE")]
+    words: Vec<String>,
+    /// Train on the token batches of a safetensors file (tensor `batches`, [steps, rows, tokens]) instead of a data set: for
+    /// comparing losses with another system step by step.
+    #[arg(long, value_name = "FILE")]
+    batches: Option<PathBuf>,
+    /// Print what the run came to as JSON on stdout.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  lapidary train model_name=tiny-e2b steps=20 max_target_length=128 per_device_batch_size=4
+  lapidary train run_name=mine load_parameters_path=./gemma-4-E2B dataset_type=hf hf_path=text hf_train_files='data/*.txt' \\
+      trainable_parameters_mask='[\"layers.3[0-4].\"]' steps=1000
+  lapidary report lapidary_output/mine --out mine.html";
+
+/// The flag that a signal sets.
+fn on_interrupt() -> Result<Arc<AtomicBool>, Failure> {
+    let stop = Arc::new(AtomicBool::new(false));
+    // A second signal ends the process at once: the first one armed this.
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&stop))?;
+        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+    }
+    Ok(stop)
+}
+
+pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
+    let sources = Sources::from_args(args.words.iter().cloned()).with_process_environment();
+    let config = sources.resolve().map_err(Failure::usage)?;
+    for note in config.notes() {
+        ui.say(format!("note: {note}"));
+    }
+    let stop = on_interrupt()?;
+    let runtime = args.engine.start(ui)?;
+    let settings = config.raw().show(Filter::Set);
+    let config_text: String = settings.iter().map(|s| format!("{}: {}\n", s.key, s.value)).collect();
+    let options =
+        TrainOptions { stop: Some(&stop), batches: args.batches.clone(), config_text: Some(config_text) };
+    let mut stopping = false;
+    let mut tell = |event: Event<'_>| {
+        if stop.load(Ordering::Relaxed) && !stopping {
+            stopping = true;
+            ui.say("stopping after this step; once more to end at once");
+        }
+        match event {
+            Event::Status(what) => ui.say(what),
+            Event::Summary(text) => ui.say(text),
+            Event::Resumed { step, path } => ui.say(format!("goes on after step {step}, from {}", path.display())),
+            Event::Compiled(c) => {
+                let memory = c.memory.map(|m| format!(", {} for temporaries", bytes(m.temporary as u64)));
+                let how = if c.cached { "loaded from the cache" } else { "compiled" };
+                ui.say(format!("{how} in {}{}", seconds(c.time), memory.unwrap_or_default()));
+            }
+            Event::Step(m) => ui.say(m.line()),
+            Event::EvalStep { line } => ui.say(line),
+            Event::Eval(e) => ui.say(e.line()),
+            Event::Saved { step, path, paused } => {
+                ui.say(format!("checkpoint after {step} steps: {} (paused {})", path.display(), seconds(paused)));
+            }
+            Event::Warning(text) => ui.say(format!("warning: {text}")),
+            _ => {}
+        }
+    };
+    let report = train(&runtime, &config, options, &mut tell).map_err(explain)?;
+    say_end(ui, args, &report)
+}
+
+fn say_end(ui: &Ui, args: &Args, report: &TrainReport) -> CommandResult {
+    let how = match report.end {
+        End::Steps => "all steps done",
+        End::Stopped => "stopped as asked",
+        End::Target => "target_eval_loss reached",
+    };
+    ui.say(format!("{how}: {} steps; {}", report.step, report.run_dir.display()));
+    if report.data.bad_documents > 0 {
+        ui.say(format!("{} documents could not be used", report.data.bad_documents));
+        for bad in &report.data.first_bad {
+            ui.say(format!("  {bad}"));
+        }
+    }
+    if args.json {
+        ui.json(&json!({
+            "end": format!("{:?}", report.end).to_lowercase(), "steps": report.step, "run": report.run_dir,
+            "checkpoint": report.checkpoint, "last": report.last, "data": report.data,
+        }))?;
+    }
+    Ok(Outcome::Yes)
+}
+
+/// The error as a person wants it: configuration is usage.
+fn explain(e: TrainError) -> Failure {
+    match e {
+        TrainError::Key { key, .. } => {
+            Failure::usage(&e).hint(format!("`lapidary config explain {key}` tells what it does"))
+        }
+        TrainError::Config(_) | TrainError::Arch(_) | TrainError::OtherModel { .. } => Failure::usage(&e),
+        TrainError::BadLoss { .. } => {
+            Failure::run(&e).hint("lower learning_rate, or look at the batch; checkpoints up to here are kept")
+        }
+        other => other.into(),
+    }
+}

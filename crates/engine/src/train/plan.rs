@@ -1,0 +1,363 @@
+//! From a configuration to everything a run is built of, before a device is asked.
+
+use config::{Config, FloatType, MatmulPrecision, OptimizerKind, Origin, Profiler, RematPolicy};
+use gemma4::decoder::LayerRemat;
+use gemma4::layer::names;
+use gemma4::layout::{Layout, Slot};
+use gemma4::loss::{HeadGradient, LossOptions};
+use gemma4::params::EMBED_TOKENS_PER_LAYER;
+use gemma4::{Arch, Flops, param_table};
+use regex::Regex;
+use tensor::{DType, ParamSpec, Part};
+
+use super::TrainError;
+use super::optimizer::{AdamW, Rule, Update};
+use super::schedule::Schedule;
+use super::step::{PerLayerTable, Role, StepOptions, device_slots};
+use crate::metrics::summary::{MemoryRow, ParameterCounts};
+
+/// f32 logits of one block take about this much where `num_vocab_tiling` is left to us.
+const BLOCK_BYTES: usize = 64 << 20;
+
+/// What a run is built of.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// The architecture.
+    pub arch: Arch,
+    /// How programs hold the parameters.
+    pub layout: Layout,
+    /// What the programs are built for.
+    pub step: StepOptions,
+    /// The learning rate.
+    pub schedule: Schedule,
+    /// Number of steps.
+    pub steps: u64,
+    /// Sequences of an evaluation batch.
+    pub eval_rows: usize,
+    /// Work of a step.
+    pub flops: Flops,
+    /// Parameters, counted.
+    pub counts: ParameterCounts,
+    /// Patterns of what is trained and of what has no decay.
+    masks: Masks,
+}
+
+#[derive(Debug, Clone)]
+struct Masks {
+    trainable: Vec<Regex>,
+    no_decay: Vec<Regex>,
+    layer_scalar: bool,
+}
+
+impl Masks {
+    fn new(config: &Config) -> Result<Self, TrainError> {
+        let compile = |key: &'static str, patterns: &[String]| {
+            patterns
+                .iter()
+                .map(|p| Regex::new(p).map_err(|e| TrainError::Key { key, reason: format!("{p:?}: {e}") }))
+                .collect::<Result<Vec<_>, _>>()
+        };
+        Ok(Masks {
+            trainable: compile("trainable_parameters_mask", &config.optimizer.trainable)?,
+            no_decay: compile("adamw_mask", &config.optimizer.no_decay)?,
+            layer_scalar: config.optimizer.train_layer_scalar,
+        })
+    }
+
+    fn role(&self, p: &ParamSpec) -> (bool, bool) {
+        // MaxText's patterns are written for its own paths, users of Hugging Face know theirs: either may match.
+        let maxtext = format!("params/{}", p.maxtext_name.replace('.', "/"));
+        let hit = |patterns: &[Regex]| {
+            patterns.iter().any(|r| r.is_match(&p.name) || r.is_match(&p.maxtext_name) || r.is_match(&maxtext))
+        };
+        let trained = (self.trainable.is_empty() || hit(&self.trainable)) && (p.trainable || self.layer_scalar);
+        (trained, !hit(&self.no_decay))
+    }
+}
+
+impl Plan {
+    /// Checks what the configuration asks for and lays it out for one device.
+    ///
+    /// # Errors
+    /// Names the key that cannot be followed.
+    pub fn new(config: &Config, arch: Arch) -> Result<Self, TrainError> {
+        refuse(config)?;
+        let masks = Masks::new(config)?;
+        let layout = match config.memory.scan_layers {
+            true => Layout::scanned(&arch)
+                .map_err(|e| TrainError::Key { key: "scan_layers", reason: e.to_string() })?,
+            false => Layout::unrolled(&arch),
+        };
+        let batch = config.run.batch(1)?;
+        let (rows, seq) = (batch.micro, config.run.max_target_length);
+        let dtype = float(config.numerics.dtype);
+        let weight_dtype = float(config.numerics.weight_dtype);
+        let o = &config.optimizer;
+        let rule = match o.kind {
+            OptimizerKind::AdamW => Rule::AdamW(AdamW {
+                b1: o.b1,
+                b2: o.b2,
+                eps: o.eps,
+                eps_root: o.eps_root,
+                weight_decay: o.weight_decay,
+                mu_dtype: float(o.mu_dtype),
+                nu_dtype: weight_dtype,
+            }),
+            OptimizerKind::Sgd => Rule::Sgd,
+            OptimizerKind::AdamPax => {
+                let reason = "adam_pax is not offered; adamw is, which differs in how weight decay is applied".into();
+                return Err(TrainError::Key { key: "opt_type", reason });
+            }
+        };
+        let written = !matches!(config.origin("num_vocab_tiling"), None | Some(Origin::Default));
+        let blocks = match written {
+            true => config.memory.num_vocab_tiling,
+            false => blocks_that_pay(rows * seq, arch.vocab_size()),
+        };
+        let table = param_table(&arch);
+        let ple_trained = table.iter().any(|p| p.name == EMBED_TOKENS_PER_LAYER && masks.role(p).0);
+        let step = StepOptions {
+            rows,
+            seq,
+            accumulation: config.run.gradient_accumulation_steps,
+            segments: config.data.packing && config.data.dataset_type == config::DatasetKind::Hf,
+            loss: LossOptions {
+                dtype,
+                remat: remat(config.memory.remat_policy),
+                blocks,
+                z_loss: config.optimizer.z_loss_multiplier,
+                gradient: HeadGradient::HiddenAndTable,
+            },
+            per_layer: if ple_trained || arch.per_layer_input().is_none() {
+                PerLayerTable::Device
+            } else {
+                PerLayerTable::Host(frozen_dtype(dtype))
+            },
+            weight_dtype,
+            update: Update { rule, clip: o.gradient_clipping_threshold },
+        };
+        let sum = |f: &dyn Fn(&ParamSpec) -> bool| {
+            table.iter().filter(|p| f(p)).map(|p| p.shape.elements() as u64).sum::<u64>()
+        };
+        let counts = ParameterCounts {
+            total: sum(&|_| true),
+            trainable: sum(&|p| masks.role(p).0),
+            embeddings: sum(&|p| matches!(p.part, Part::TokenEmbedding | Part::PerLayerEmbedding)),
+        };
+        if counts.trainable == 0 {
+            let reason = "no parameter matches, so that there is nothing to train; patterns are searched in names such \
+                          as layers.0.mlp.up_proj.weight (Hugging Face) and decoder.layers_0.mlp.wi_1.kernel (MaxText)";
+            return Err(TrainError::Key { key: "trainable_parameters_mask", reason: reason.into() });
+        }
+        let flops = Flops::training_step(&arch, config.run.per_device_batch_size, seq, step.accumulation);
+        let plan = Plan {
+            schedule: Schedule::new(&config.schedule),
+            steps: config.run.steps as u64,
+            eval_rows: batch.eval,
+            flops,
+            counts,
+            masks,
+            arch,
+            layout,
+            step,
+        };
+        plan.check_stacks()?;
+        Ok(plan)
+    }
+
+    /// What is done with a slot.
+    #[must_use]
+    pub fn role(&self, slot: &Slot) -> Role {
+        let (trained, decayed) = self.masks.role(slot.spec());
+        let dtype = if trained { self.step.weight_dtype } else { frozen_dtype(self.step.loss.dtype) };
+        Role { trained, decayed, dtype }
+    }
+
+    /// Whether a parameter is trained.
+    #[must_use]
+    pub fn is_trained(&self, p: &ParamSpec) -> bool {
+        self.masks.role(p).0
+    }
+
+    /// The slots a program takes, in order.
+    pub fn slots(&self) -> impl Iterator<Item = &Slot> {
+        device_slots(&self.layout, self.step.per_layer)
+    }
+
+    /// Layers of a loop are all treated alike.
+    fn check_stacks(&self) -> Result<(), TrainError> {
+        for slot in self.layout.slots() {
+            let first = self.masks.role(slot.spec());
+            if let Some(other) = slot.members.iter().find(|m| self.masks.role(m) != first) {
+                let key = match self.masks.role(other).0 == first.0 {
+                    true => "adamw_mask",
+                    false => "trainable_parameters_mask",
+                };
+                let reason = format!(
+                    "it treats {} and {} differently, which one loop over both cannot; use scan_layers=false",
+                    slot.spec().name,
+                    other.name
+                );
+                return Err(TrainError::Key { key, reason });
+            }
+        }
+        Ok(())
+    }
+
+    /// Planned memory of the device, line by line.
+    #[must_use]
+    pub fn memory(&self) -> Vec<MemoryRow<'static>> {
+        let o = &self.step;
+        let (mut parameters, mut moments, mut gradients, mut rounded) = (0, 0, 0, 0);
+        let narrow = o.loss.dtype.size() as u64;
+        for s in self.slots() {
+            let n = s.shape.elements() as u64;
+            let role = self.role(s);
+            parameters += n * role.dtype.size() as u64;
+            if role.trained {
+                moments += o.update.moment_dtypes().iter().map(|(_, d)| n * d.size() as u64).sum::<u64>();
+                gradients += n * 4;
+            }
+            let matrix = s.spec().shape.rank() >= 2 && s.spec().name != EMBED_TOKENS_PER_LAYER;
+            if matrix && role.dtype != o.loss.dtype {
+                rounded += n * narrow;
+            }
+        }
+        let tokens = (o.rows * o.seq) as u64;
+        let block = tokens.div_ceil(o.loss.blocks.max(1) as u64);
+        let logits = block * self.arch.vocab_size() as u64 * (4 + narrow);
+        let ple = self.arch.per_layer_input().map_or(0, |p| (self.arch.layers().len() * p.width) as u64);
+        let per_token: u64 = self.arch.layers().iter().map(|l| self.kept(l)).sum::<u64>() + 4 * ple;
+        let scores = self.scores();
+        let row = |label, bytes, note| MemoryRow { label, bytes, note };
+        vec![
+            row("parameters", parameters, ""),
+            row("optimizer", moments, "moments of what is trained"),
+            row("gradients", gradients, "f32"),
+            row("rounded weights", rounded, "copies in the activation dtype"),
+            row("activations", tokens * per_token * narrow + scores, "kept for the backward pass, and one layer's scores"),
+            row("logits", logits, "of one block"),
+        ]
+    }
+
+    /// Values that a layer's gradient keeps, in elements a token.
+    fn kept(&self, layer: &gemma4::Layer) -> u64 {
+        let d = self.arch.hidden_size() as u64;
+        let q = (self.arch.num_heads() * layer.head_dim) as u64;
+        let kv = if layer.owns_kv() { 2 * (layer.kv_heads * layer.head_dim) as u64 } else { 0 };
+        let f = layer.mlp_width as u64;
+        match &self.step.loss.remat {
+            // Inputs of norms and products: residual stream at four places, queries before and after their norm, context.
+            LayerRemat::Everything => 8 * d + 3 * q + 2 * kv + 3 * f,
+            LayerRemat::Keep(kept) => {
+                let of = |name: &str| kept.contains(&name);
+                let mut n = d + kv;
+                n += if of(names::QUERY_PROJ) { q + kv } else { 0 };
+                n += if of(names::OUT_PROJ) { d } else { 0 };
+                n += if of(names::CONTEXT) { q } else { 0 };
+                n += if of(names::MLPWI_0) { 2 * f } else { 0 };
+                n + if of(names::MLPWO) { d } else { 0 }
+            }
+        }
+    }
+
+    /// Bytes of the largest layer's attention scores: forward, probabilities, their gradient.
+    fn scores(&self) -> u64 {
+        let (b, t) = (self.step.rows as u64, self.step.seq as u64);
+        let spec = self.arch.spec();
+        let window = spec.sliding_window as u64;
+        let of = |l: &gemma4::Layer| match l.kind {
+            gemma4::LayerKind::Sliding if t > window => t * 2 * window,
+            gemma4::LayerKind::Full if t > 512 => 512 * t,
+            _ => t * t,
+        };
+        let largest = self.arch.layers().iter().map(of).max().unwrap_or(0);
+        b * spec.num_heads as u64 * largest * 10
+    }
+}
+
+/// Frozen parameters are only ever read in the activation dtype.
+fn frozen_dtype(activations: DType) -> DType {
+    activations
+}
+
+/// As few blocks as keep one block's logits near [`BLOCK_BYTES`].
+fn blocks_that_pay(rows: usize, vocab: usize) -> usize {
+    let wanted = (rows * vocab * 4).div_ceil(BLOCK_BYTES).clamp(1, rows.max(1));
+    (wanted..=rows).find(|b| rows.is_multiple_of(*b)).unwrap_or(1)
+}
+
+fn float(f: FloatType) -> DType {
+    match f {
+        FloatType::BFloat16 => DType::BF16,
+        FloatType::Float16 => DType::F16,
+        FloatType::Float32 => DType::F32,
+    }
+}
+
+/// What is kept by MaxText's policies.
+fn remat(policy: RematPolicy) -> LayerRemat {
+    use names::{CONTEXT, KEY_PROJ, MLPWI_0, MLPWI_1, MLPWO, OUT_PROJ, QUERY_PROJ, VALUE_PROJ};
+    const QKV: [&str; 3] = [QUERY_PROJ, KEY_PROJ, VALUE_PROJ];
+    let keep = |more: &[&'static str]| LayerRemat::Keep([&QKV, more].concat());
+    match policy {
+        RematPolicy::None => LayerRemat::Everything,
+        RematPolicy::Minimal => keep(&[OUT_PROJ, MLPWI_0, MLPWI_1, MLPWO]),
+        RematPolicy::MinimalWithContext => keep(&[OUT_PROJ, MLPWI_0, MLPWI_1, MLPWO, CONTEXT]),
+        RematPolicy::SaveDotWithContextExceptMlp => keep(&[OUT_PROJ, CONTEXT]),
+        RematPolicy::SaveDotExceptMlpwi => keep(&[OUT_PROJ, MLPWO]),
+        RematPolicy::SaveDotExceptMlp => keep(&[OUT_PROJ]),
+        RematPolicy::SaveQkvProj => keep(&[]),
+        RematPolicy::SaveOutProj => LayerRemat::Keep(vec![OUT_PROJ]),
+        _ => LayerRemat::Keep(Vec::new()),
+    }
+}
+
+/// Keys whose value this trainer cannot follow.
+fn refuse(config: &Config) -> Result<(), TrainError> {
+    let key = |key: &'static str, reason: &str| Err(TrainError::Key { key, reason: reason.to_owned() });
+    let n = &config.numerics;
+    if n.grad_dtype != FloatType::Float32 {
+        return key("grad_dtype", "gradients are summed and applied in float32; rounding them first is not offered");
+    }
+    if n.weight_dtype == FloatType::Float16 || n.dtype == FloatType::Float16 {
+        return key("dtype", "training in float16 needs loss scaling, which is not offered; use bfloat16 or float32");
+    }
+    if n.logits_dot_in_fp32 && n.dtype != FloatType::Float32 {
+        return key("logits_dot_in_fp32", "not offered in training; products accumulate in f32 and round once");
+    }
+    if !matches!(n.matmul_precision, MatmulPrecision::Default) && n.dtype != FloatType::Float32 {
+        return key("matmul_precision", "only with dtype=float32, where a CPU computes exactly");
+    }
+    if config.optimizer.skip_step_on_spikes {
+        return key("skip_step_on_spikes", "not offered yet; NaN and infinite losses stop the run (abort_on_nan_loss)");
+    }
+    if config.output.profiler != Profiler::Off {
+        return key("profiler", "the CPU plugin has no profiler; use perf(1) or the plugin's own tools");
+    }
+    if config.sft.enable || config.lora.enable {
+        return key("use_sft", "fine-tuning on conversations and adapters are not offered yet in this version");
+    }
+    if !config.checkpoint.load_full_state_path.is_empty() {
+        return key("load_full_state_path", "give run_name of the run to continue instead");
+    }
+    if config.run.per_device_batch_size < 1.0 || config.run.per_device_batch_size.fract() != 0.0 {
+        return key("per_device_batch_size", "must be a whole number on one device");
+    }
+    Ok(())
+}
+
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_divide_the_rows_and_bound_the_logits() {
+        assert_eq!(blocks_that_pay(2048, 32768), 4);
+        assert_eq!(blocks_that_pay(16, 512), 1);
+        // 262144 x 4 bytes is 1 MiB a row.
+        assert_eq!(blocks_that_pay(1024, 262_144), 16);
+        assert_eq!(blocks_that_pay(97, 262_144), 97);
+    }
+}

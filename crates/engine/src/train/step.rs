@@ -1,0 +1,372 @@
+//! The programs of training: one step (loss, gradients, optimizer), gradients alone, evaluation.
+
+use std::collections::HashMap;
+
+use gemma4::layout::{Layout, Slot};
+use gemma4::loss::{BatchValues, HeadGradient, LossOptions, LossSums, loss_sums};
+use gemma4::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
+use gemma4::Arch;
+use graph::{Graph, GraphError, InputOptions, OutputOptions, Program, Value};
+use tensor::{DType, Shape};
+
+use super::optimizer::{Moments, Update, apply, sum_of_squares};
+
+type Result<T> = std::result::Result<T, GraphError>;
+
+/// Where rows of the per-layer table come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PerLayerTable {
+    /// The table is a parameter on the device.
+    Device,
+    /// The host looks rows up and hands them in, in this dtype.
+    Host(DType),
+}
+
+/// What a training program is built for.
+#[derive(Debug, Clone)]
+pub struct StepOptions {
+    /// Sequences of a micro-batch.
+    pub rows: usize,
+    /// Tokens of each.
+    pub seq: usize,
+    /// Micro-batches of a step.
+    pub accumulation: usize,
+    /// Whether rows may hold several documents.
+    pub segments: bool,
+    /// How the loss is computed; [`LossOptions::gradient`] is set by the builders.
+    pub loss: LossOptions,
+    /// Where rows of the per-layer table come from.
+    pub per_layer: PerLayerTable,
+    /// Dtype of trained weights.
+    pub weight_dtype: DType,
+    /// How weights are updated.
+    pub update: Update,
+}
+
+/// A slot and what is done with it.
+#[derive(Debug, Clone)]
+pub struct Role {
+    /// Whether it is trained; otherwise it has no gradient and no moments.
+    pub trained: bool,
+    /// Whether weight decay applies.
+    pub decayed: bool,
+    /// Dtype in which the program takes it.
+    pub dtype: DType,
+}
+
+/// Names of inputs and outputs that are not parameters.
+pub mod names {
+    /// Batch fields, `[accumulation, rows, seq]` i32.
+    pub const INPUTS: &str = "inputs";
+    /// Positions.
+    pub const POSITIONS: &str = "inputs_position";
+    /// Documents.
+    pub const SEGMENTS: &str = "inputs_segmentation";
+    /// Next tokens.
+    pub const TARGETS: &str = "targets";
+    /// Documents of the targets, 0 where there is none.
+    pub const TARGET_SEGMENTS: &str = "targets_segmentation";
+    /// Rows of the per-layer table, `[accumulation, rows, seq, l * p]`.
+    pub const PER_LAYER_ROWS: &str = "per_layer_rows";
+    /// Learning rate and bias corrections, see [`super::Scalars`].
+    pub const SCALARS: &str = "scalars";
+    /// Sums of the step, see [`super::StepSums`].
+    pub const SUMS: &str = "sums";
+    /// Before a slot's name: the first moment.
+    pub const MU: &str = "mu:";
+    /// Before a slot's name: the second moment.
+    pub const NU: &str = "nu:";
+    /// Before a slot's name: the gradient.
+    pub const GRAD: &str = "grad:";
+}
+
+/// What changes with every step, computed on the host in `f64`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scalars {
+    /// Learning rate.
+    pub learning_rate: f32,
+    /// `1 / (1 - b1^t)`.
+    pub correction1: f32,
+    /// `1 / (1 - b2^t)`.
+    pub correction2: f32,
+}
+
+impl Scalars {
+    /// As the program takes them.
+    #[must_use]
+    pub fn values(&self) -> [f32; 3] {
+        [self.learning_rate, self.correction1, self.correction2]
+    }
+}
+
+/// What a step or an evaluation batch gives, in the order of the array.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepSums {
+    /// Sum of token losses.
+    pub total: f32,
+    /// Sum of z terms.
+    pub z: f32,
+    /// Targets.
+    pub weight: f32,
+    /// Sum of squares of the mean gradient.
+    pub grad_square: f32,
+    /// Sum of squares of the parameters after the step.
+    pub param_square: f32,
+}
+
+impl StepSums {
+    /// Reads the array.
+    #[must_use]
+    pub fn from_values(v: &[f32]) -> Option<Self> {
+        let &[total, z, weight, grad_square, param_square] = v else { return None };
+        Some(StepSums { total, z, weight, grad_square, param_square })
+    }
+}
+
+/// The slots that a program takes as parameters: all, but for a per-layer table that stays on the host.
+pub fn device_slots<'a>(layout: &'a Layout, per_layer: PerLayerTable) -> impl Iterator<Item = &'a Slot> {
+    layout
+        .slots()
+        .iter()
+        .filter(move |s| !matches!(per_layer, PerLayerTable::Host(_)) || s.spec().name != EMBED_TOKENS_PER_LAYER)
+}
+
+struct Inputs {
+    params: HashMap<String, Value>,
+    /// Each `[accumulation, rows, seq]`, the per-layer rows with one more dimension.
+    batch: Vec<Value>,
+}
+
+struct Builder<'a> {
+    g: &'a Graph,
+    arch: &'a Arch,
+    layout: &'a Layout,
+    options: &'a StepOptions,
+    role: &'a dyn Fn(&Slot) -> Role,
+}
+
+impl Builder<'_> {
+    fn slots(&self) -> impl Iterator<Item = &Slot> {
+        device_slots(self.layout, self.options.per_layer)
+    }
+
+    fn parameters(&self, donate: bool) -> Result<HashMap<String, Value>> {
+        self.slots()
+            .map(|s| {
+                let role = (self.role)(s);
+                let options = InputOptions { donate: donate && role.trained, ..InputOptions::default() };
+                let v = self.g.input_with(&s.name, role.dtype, s.shape.clone(), options)?;
+                Ok((s.name.clone(), v))
+            })
+            .collect()
+    }
+
+    fn batch(&self, accumulation: usize) -> Result<Vec<Value>> {
+        let o = self.options;
+        let shape: Shape = [accumulation, o.rows, o.seq].into();
+        let mut fields = vec![names::INPUTS, names::POSITIONS, names::TARGETS, names::TARGET_SEGMENTS];
+        if o.segments {
+            fields.push(names::SEGMENTS);
+        }
+        let mut batch: Vec<Value> =
+            fields.into_iter().map(|f| self.g.input(f, DType::I32, shape.clone())).collect::<Result<_>>()?;
+        if let (PerLayerTable::Host(dtype), Some(p)) = (o.per_layer, self.arch.per_layer_input()) {
+            let wide = [&shape.dims()[..], &[self.arch.layers().len() * p.width]].concat();
+            batch.push(self.g.input(names::PER_LAYER_ROWS, dtype, wide)?);
+        }
+        Ok(batch)
+    }
+
+    fn inputs(&self, accumulation: usize) -> Result<Inputs> {
+        Ok(Inputs { params: self.parameters(false)?, batch: self.batch(accumulation)? })
+    }
+
+    /// Sums of one micro-batch, whose fields are `[rows, seq]`.
+    fn sums(&self, g: &Graph, params: &HashMap<String, Value>, b: &[Value], gradient: HeadGradient) -> Result<LossSums> {
+        let segments = self.options.segments.then(|| b[4]);
+        let rows = matches!(self.options.per_layer, PerLayerTable::Host(_)) && self.arch.per_layer_input().is_some();
+        let batch = BatchValues {
+            ids: b[0],
+            positions: b[1],
+            targets: b[2],
+            target_segments: b[3],
+            segments,
+            per_layer_rows: if rows { b.last().copied() } else { None },
+        };
+        let options = LossOptions { gradient, ..self.options.loss.clone() };
+        loss_sums(g, self.arch, self.layout, &options, params, &batch)
+    }
+
+    /// Sums over all micro-batches and the summed gradients of `wanted` slots, in f32.
+    fn gradients(&self, inputs: &Inputs, wanted: &[&Slot]) -> Result<(LossSums, Vec<Value>)> {
+        let g = self.g;
+        let head = match wanted.iter().any(|s| s.spec().name == EMBED_TOKENS) {
+            true => HeadGradient::HiddenAndTable,
+            false => HeadGradient::Hidden,
+        };
+        // Frozen parameters of every slot, then the trained: what a loop takes as invariants.
+        let names: Vec<String> = self.slots().map(|s| s.name.clone()).collect();
+        let micro = |g: &Graph, params: &HashMap<String, Value>, b: &[Value]| -> Result<(LossSums, Vec<Value>)> {
+            let sums = self.sums(g, params, b, head)?;
+            let wrt: Vec<Value> = wanted.iter().map(|s| params[&s.name]).collect();
+            let grads = g.grad(sums.total, &wrt)?;
+            let grads = grads
+                .into_iter()
+                .zip(&wrt)
+                .map(|(grad, &p)| match grad {
+                    Some(grad) => g.convert(grad, DType::F32),
+                    None => g.splat(DType::F32, g.shape(p), 0.0),
+                })
+                .collect::<Result<_>>()?;
+            Ok((sums, grads))
+        };
+        let n = self.options.accumulation;
+        if n == 1 {
+            let batch: Vec<Value> = inputs
+                .batch
+                .iter()
+                .map(|&b| g.reshape(b, g.dims(b)[1..].to_vec()))
+                .collect::<Result<_>>()?;
+            return micro(g, &inputs.params, &batch);
+        }
+        let zero = g.scalar(DType::F32, 0.0)?;
+        let mut carry = vec![zero; 3];
+        for s in wanted {
+            carry.push(g.splat(DType::F32, s.shape.clone(), 0.0)?);
+        }
+        let consts: Vec<Value> = names.iter().map(|n| inputs.params[n]).collect();
+        let (out, _) = g.scan(n, &carry, &inputs.batch, &consts, |g, c, x, k| {
+            let params: HashMap<String, Value> = names.iter().cloned().zip(k.iter().copied()).collect();
+            let (sums, grads) = micro(g, &params, x)?;
+            let new = [sums.total, sums.z, sums.weight].into_iter().chain(grads);
+            let next = c.iter().zip(new).map(|(&c, v)| g.add(c, v)).collect::<Result<_>>()?;
+            Ok((next, vec![]))
+        })?;
+        let sums = LossSums { total: out[0], z: out[1], weight: out[2] };
+        Ok((sums, out[3..].to_vec()))
+    }
+}
+
+/// One training step: everything donated that it replaces.
+///
+/// Inputs, in order: the slots of [`device_slots`]; first and second moments of the trained ones (as far as the update has
+/// them); the batch fields `[accumulation, rows, seq]`; [`Scalars`]. Outputs: the trained slots, their moments, [`StepSums`].
+///
+/// # Errors
+/// When shapes do not fit each other.
+pub fn step_program(
+    arch: &Arch,
+    layout: &Layout,
+    options: &StepOptions,
+    role: &dyn Fn(&Slot) -> Role,
+) -> Result<Program> {
+    let g = Graph::new("train_step");
+    let b = Builder { g: &g, arch, layout, options, role };
+    let params = b.parameters(true)?;
+    let trained: Vec<&Slot> = b.slots().filter(|s| role(s).trained).collect();
+    let mut moments = vec![Moments::default(); trained.len()];
+    for (prefix, dtype) in options.update.moment_dtypes() {
+        for (slot, m) in trained.iter().zip(&mut moments) {
+            let donated = InputOptions { donate: true, ..InputOptions::default() };
+            let v = g.input_with(&format!("{prefix}{}", slot.name), dtype, slot.shape.clone(), donated)?;
+            m.set(prefix, v);
+        }
+    }
+    let batch = b.batch(options.accumulation)?;
+    let scalars = g.input(names::SCALARS, DType::F32, [3])?;
+    let inputs = Inputs { params, batch };
+    let (sums, grads) = b.gradients(&inputs, &trained)?;
+
+    let scope = g.scope("optimizer");
+    // The mean: a batch without targets has no gradient.
+    let one = g.scalar(DType::F32, 1.0)?;
+    let mean = g.div(one, g.max(sums.weight, one)?)?;
+    let squares: Vec<Value> = grads.iter().map(|&v| sum_of_squares(&g, v)).collect::<Result<_>>()?;
+    let square = g.mul(total(&g, &squares)?, g.mul(mean, mean)?)?;
+    let factor = options.update.clip(&g, g.sqrt(square)?)?;
+    let factor = g.mul(factor, mean)?;
+    let mut new = Vec::with_capacity(trained.len());
+    for ((slot, &grad), m) in trained.iter().zip(&grads).zip(&moments) {
+        let p = inputs.params[&slot.name];
+        new.push(apply(&g, &options.update, p, grad, m, factor, scalars, role(slot).decayed)?);
+    }
+    let mut squares = Vec::new();
+    for s in b.slots() {
+        let after = trained.iter().position(|t| t.name == s.name).map_or(inputs.params[&s.name], |i| new[i].0);
+        squares.push(sum_of_squares(&g, after)?);
+    }
+    let param_square = total(&g, &squares)?;
+    for (slot, (p, _)) in trained.iter().zip(&new) {
+        let reuse = OutputOptions { reuse: Some(inputs.params[&slot.name]), ..OutputOptions::default() };
+        g.output_with(&slot.name, *p, reuse)?;
+    }
+    for (prefix, _) in options.update.moment_dtypes() {
+        for ((slot, (_, after)), before) in trained.iter().zip(&new).zip(&moments) {
+            if let (Some(value), Some(reuses)) = (after.get(prefix), before.get(prefix)) {
+                let reuse = OutputOptions { reuse: Some(reuses), ..OutputOptions::default() };
+                g.output_with(&format!("{prefix}{}", slot.name), value, reuse)?;
+            }
+        }
+    }
+    output_sums(&g, &[sums.total, sums.z, sums.weight, square, param_square])?;
+    drop(scope);
+    g.finish()
+}
+
+/// Gradients of the **mean** loss by every trained slot, and [`StepSums`]: for tests and for updates made elsewhere.
+///
+/// Inputs: the slots, the batch fields. Outputs: `grad:` and the slot's name, f32; the sums.
+///
+/// # Errors
+/// When shapes do not fit each other.
+pub fn gradient_program(
+    arch: &Arch,
+    layout: &Layout,
+    options: &StepOptions,
+    role: &dyn Fn(&Slot) -> Role,
+) -> Result<Program> {
+    let g = Graph::new("gradients");
+    let b = Builder { g: &g, arch, layout, options, role };
+    let inputs = b.inputs(options.accumulation)?;
+    let slots: Vec<&Slot> = b.slots().filter(|s| role(s).trained).collect();
+    let (sums, grads) = b.gradients(&inputs, &slots)?;
+    let one = g.scalar(DType::F32, 1.0)?;
+    let mean = g.div(one, g.max(sums.weight, one)?)?;
+    for (slot, &grad) in slots.iter().zip(&grads) {
+        g.output(&format!("{}{}", names::GRAD, slot.name), g.mul_bcast(grad, mean)?)?;
+    }
+    let zero = g.scalar(DType::F32, 0.0)?;
+    output_sums(&g, &[sums.total, sums.z, sums.weight, zero, zero])?;
+    g.finish()
+}
+
+/// [`StepSums`] of one batch, without gradients. Inputs: the slots, the batch fields `[1, rows, seq]`.
+///
+/// # Errors
+/// When shapes do not fit each other.
+pub fn eval_program(
+    arch: &Arch,
+    layout: &Layout,
+    options: &StepOptions,
+    role: &dyn Fn(&Slot) -> Role,
+) -> Result<Program> {
+    let g = Graph::new("eval");
+    let b = Builder { g: &g, arch, layout, options, role };
+    let inputs = b.inputs(1)?;
+    let batch: Vec<Value> =
+        inputs.batch.iter().map(|&v| g.reshape(v, g.dims(v)[1..].to_vec())).collect::<Result<_>>()?;
+    let sums = b.sums(&g, &inputs.params, &batch, HeadGradient::None)?;
+    let zero = g.scalar(DType::F32, 0.0)?;
+    output_sums(&g, &[sums.total, sums.z, sums.weight, zero, zero])?;
+    g.finish()
+}
+
+fn total(g: &Graph, values: &[Value]) -> Result<Value> {
+    values.iter().try_fold(g.scalar(DType::F32, 0.0)?, |sum, &v| g.add(sum, v))
+}
+
+fn output_sums(g: &Graph, values: &[Value]) -> Result<()> {
+    let parts: Vec<Value> = values.iter().map(|&v| g.reshape(v, [1])).collect::<Result<_>>()?;
+    g.output(names::SUMS, g.concatenate(&parts, 0)?)
+}
+

@@ -1,0 +1,599 @@
+//! The training loop: data, steps, metrics, evaluation, checkpoints, and a clean end whatever happens.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use config::Config;
+use gemma4::params::EMBED_TOKENS_PER_LAYER;
+use gemma4::{Arch, param_table};
+use serde_json::json;
+use tensor::HostArray;
+
+use super::TrainError;
+use super::device::{CompileReport, Device, Source};
+use super::optimizer::Rule;
+use super::plan::Plan;
+use super::step::{Scalars, StepSums};
+use crate::data::{self, BatchSource, DataReport, FixedBatches, Prefetch, TokenBatch};
+use crate::metrics::summary::{Summary, render};
+use crate::metrics::{self, EvalMetrics, MetricsOptions, MetricsWriter, StepMetrics};
+use crate::train_state::{Array, AsyncSaver, Loaded, Snapshot, Store, StoreOptions, TrainerState};
+use crate::{Model, Runtime, init, peak};
+
+type Result<T> = std::result::Result<T, TrainError>;
+
+/// Batches read ahead of the device.
+const AHEAD: usize = 2;
+
+/// What happens in a run, as it happens.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// Something that takes a while begins.
+    Status(&'a str),
+    /// Parameters, work and memory, before anything is compiled.
+    Summary(&'a str),
+    /// The run goes on from a checkpoint.
+    Resumed {
+        /// Steps done.
+        step: u64,
+        /// The checkpoint.
+        path: &'a Path,
+    },
+    /// The step is compiled.
+    Compiled(&'a CompileReport),
+    /// A step is done.
+    Step(&'a StepMetrics),
+    /// A batch of an evaluation is done.
+    EvalStep {
+        /// MaxText's line.
+        line: &'a str,
+    },
+    /// An evaluation is done.
+    Eval(&'a EvalMetrics),
+    /// A checkpoint is being written, or is written.
+    Saved {
+        /// Steps done.
+        step: u64,
+        /// Where.
+        path: &'a Path,
+        /// How long the run stood still for it.
+        paused: Duration,
+    },
+    /// Something to know.
+    Warning(&'a str),
+}
+
+/// What a run is given besides its configuration.
+#[derive(Default)]
+pub struct TrainOptions<'a> {
+    /// Set from outside to save and end after the current step.
+    pub stop: Option<&'a AtomicBool>,
+    /// A safetensors file of token batches instead of the data the configuration names, see [`FixedBatches`].
+    pub batches: Option<PathBuf>,
+    /// The configuration as text, kept with the run.
+    pub config_text: Option<String>,
+}
+
+impl std::fmt::Debug for TrainOptions<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TrainOptions").field("stop", &self.stop).finish_non_exhaustive()
+    }
+}
+
+/// Why a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// All steps are done.
+    Steps,
+    /// It was asked to stop.
+    Stopped,
+    /// The evaluation loss reached `target_eval_loss`.
+    Target,
+}
+
+/// What a run came to.
+#[derive(Debug)]
+pub struct TrainReport {
+    /// Why it ended.
+    pub end: End,
+    /// Steps done, earlier runs included.
+    pub step: u64,
+    /// The last step of this run.
+    pub last: Option<StepMetrics>,
+    /// The run's directory.
+    pub run_dir: PathBuf,
+    /// The last checkpoint, a Hugging Face model directory.
+    pub checkpoint: Option<PathBuf>,
+    /// What was read.
+    pub data: DataReport,
+}
+
+/// Trains as the configuration says.
+///
+/// # Errors
+/// When the configuration asks for what cannot be done, data or checkpoints are missing or damaged, the device fails, or the
+/// loss is no number. Everything up to the last checkpoint is kept.
+pub fn train(
+    runtime: &Runtime,
+    config: &Config,
+    options: TrainOptions<'_>,
+    events: &mut dyn FnMut(Event<'_>),
+) -> Result<TrainReport> {
+    let run_name = run_name(config);
+    let run_dir = config.output.base_output_directory.join(&run_name);
+    let load = &config.checkpoint.load_parameters_path;
+    let given = if load.is_empty() { None } else { Some(Arc::new(Model::open(Path::new(load))?)) };
+    let arch = architecture(config, given.as_deref())?;
+    let plan = Plan::new(config, arch)?;
+
+    // Where the run stands.
+    let checkpoints = run_dir.join("checkpoints");
+    let store = match config.checkpoint.enable {
+        true => Some(Arc::new(Store::open(&checkpoints, store_options(config, &plan, given.as_deref()))?)),
+        false => None,
+    };
+    let latest = store.as_ref().map(|s| s.latest()).transpose()?.flatten();
+    let loaded = match (&store, latest) {
+        (Some(store), Some(step)) => Some(store.load(step)?),
+        _ => None,
+    };
+    let start = loaded.as_ref().map_or(0, |l| l.state.step);
+    if start >= plan.steps {
+        return Err(TrainError::Finished { done: start, steps: plan.steps });
+    }
+    let identity = identity(config, &plan);
+    if let Some(l) = &loaded {
+        check_identity(&l.state, &identity)?;
+        events(Event::Resumed { step: start, path: l.model_dir() });
+    }
+
+    events(Event::Summary(&summary(&plan, config, None)));
+
+    // Data before the compiler: its mistakes show at once.
+    let rows = plan.step.rows * plan.step.accumulation;
+    let vocab = plan.arch.vocab_size();
+    let tokenizer = given.as_ref().map(|m| m.path().to_owned());
+    let mut source = match &options.batches {
+        Some(path) => {
+            let fixed = FixedBatches::from_safetensors(path, vocab)?;
+            if (fixed.rows(), fixed.seq()) != (rows, plan.step.seq) {
+                let reason = format!(
+                    "{} holds batches of {} x {}, the configuration {rows} x {} (per_device_batch_size times \
+                     gradient_accumulation_steps, max_target_length)",
+                    path.display(),
+                    fixed.rows(),
+                    fixed.seq(),
+                    plan.step.seq
+                );
+                return Err(TrainError::Key { key: "per_device_batch_size", reason });
+            }
+            Box::new(fixed) as Box<dyn BatchSource>
+        }
+        None => data::open_train(config, vocab, tokenizer.as_deref(), rows)?,
+    };
+    if let Some(l) = &loaded {
+        let cursor = serde_json::from_value(l.state.cursor.clone())
+            .map_err(|e| TrainError::OtherModel { path: l.model_dir().to_owned(), reason: format!("cursor: {e}") })?;
+        source.restore(&cursor)?;
+    }
+    let mut source = Prefetch::new(source, AHEAD);
+    let mut eval = data::open_eval(config, vocab, tokenizer.as_deref(), plan.eval_rows)?;
+
+    events(Event::Status("compiling the training step"));
+    let (mut device, compiled) = place(runtime, config, &plan, given.as_ref(), loaded.as_ref())?;
+    events(Event::Compiled(&compiled));
+
+    fs_err::create_dir_all(&run_dir)?;
+    if let Some(text) = &options.config_text {
+        fs_err::write(run_dir.join("config.yml"), text)?;
+    }
+    let metrics_file = &config.output.metrics_file;
+    let mut writer = MetricsWriter::open(
+        &run_dir,
+        &run_name,
+        &MetricsOptions {
+            metrics_file: if metrics_file.is_empty() { None } else { Some(metrics_file.into()) },
+            tensorboard: config.output.enable_tensorboard,
+            resume_step: loaded.as_ref().map(|_| start),
+        },
+    )?;
+    writer.text("config", &options.config_text.map(|t| format!("```yaml\n{t}\n```")).unwrap_or_default())?;
+
+    let mut run = Run {
+        config,
+        plan: &plan,
+        run_dir: &run_dir,
+        identity,
+        saver: store.as_ref().map(|s| AsyncSaver::new(Arc::clone(s))),
+        store: store.clone(),
+        saved: latest,
+        peak: None,
+    };
+    if run.store.is_some() && config.checkpoint.save_on_start && latest.is_none() {
+        run.save(&device, 0, &source, events)?;
+    }
+    let mut report = TrainReport {
+        end: End::Steps,
+        step: start,
+        last: None,
+        run_dir: run_dir.clone(),
+        checkpoint: None,
+        data: source.report(),
+    };
+    for step in start..plan.steps {
+        let clock = Instant::now();
+        let Some(batch) = next_batch(&mut source, config, rows, plan.step.seq)? else {
+            run.save(&device, step, &source, events)?;
+            run.finish()?;
+            return Err(TrainError::OutOfData { done: step, steps: plan.steps });
+        };
+        let waited = clock.elapsed();
+        let sums = device.step(&batch, scalars(&plan, step))?;
+        let metrics = run.metrics(step, clock.elapsed(), waited, &sums);
+        run.check_loss(&metrics, &batch, &mut writer)?;
+        writer.log_step(&metrics)?;
+        events(Event::Step(&metrics));
+        if (step + 1) % config.output.log_period as u64 == 0 {
+            writer.flush()?;
+        }
+        if step == start {
+            // Not before the first step: nobody waits for it.
+            run.peak = peak_rate(runtime, &plan);
+        }
+        report.last = Some(metrics);
+        report.step = step + 1;
+        let due = config.output.eval_interval.is_some_and(|n| {
+            step >= config.output.eval_start_step as u64
+                && (step - config.output.eval_start_step as u64).is_multiple_of(n.max(1) as u64)
+        });
+        if let (true, Some(eval)) = (due, &mut eval) {
+            let found = evaluate(&mut device, eval.as_mut(), config, step, events)?;
+            writer.log_eval(&found)?;
+            events(Event::Eval(&found));
+            if config.output.target_eval_loss > 0.0 && found.avg_loss() <= config.output.target_eval_loss {
+                report.end = End::Target;
+            }
+        }
+        let stopped = options.stop.is_some_and(|s| s.load(Ordering::Relaxed));
+        if stopped && report.end == End::Steps && step + 1 < plan.steps {
+            report.end = End::Stopped;
+        }
+        let last = step + 1 == plan.steps || report.end != End::Steps;
+        let periodic = (step + 1).is_multiple_of(config.checkpoint.period.max(1) as u64);
+        let wanted = periodic || (last && (config.checkpoint.save_on_completion || stopped));
+        if run.store.is_some() && wanted {
+            run.save(&device, step + 1, &source, events)?;
+        }
+        if last {
+            break;
+        }
+    }
+    writer.flush()?;
+    run.finish()?;
+    report.checkpoint = run.saved.zip(run.store.as_ref()).map(|(step, s)| s.path(step));
+    report.data = source.report();
+    Ok(report)
+}
+
+/// What the loop holds besides data and device.
+struct Run<'a> {
+    config: &'a Config,
+    plan: &'a Plan,
+    run_dir: &'a Path,
+    identity: BTreeMap<String, serde_json::Value>,
+    saver: Option<AsyncSaver>,
+    store: Option<Arc<Store>>,
+    /// The last step saved.
+    saved: Option<u64>,
+    /// FLOP/s.
+    peak: Option<f64>,
+}
+
+impl Run<'_> {
+    fn metrics(&self, step: u64, seconds: Duration, waited: Duration, s: &StepSums) -> StepMetrics {
+        let weight = f64::from(s.weight);
+        // MaxText's guard against an empty batch.
+        let mean = |sum: f32| f64::from(sum) / (weight + 1e-8);
+        let raw = f64::from(s.grad_square).sqrt();
+        let clip = self.plan.step.update.clip;
+        let loss = mean(s.total);
+        StepMetrics {
+            step,
+            seconds: seconds.as_secs_f64(),
+            loss,
+            lm_loss: loss,
+            perplexity: loss.exp(),
+            z_loss: mean(s.z),
+            total_weights: s.weight as u64,
+            grad_norm: if clip > 0.0 { raw.min(clip) } else { raw },
+            raw_grad_norm: raw,
+            param_norm: f64::from(s.param_square).sqrt(),
+            learning_rate: self.plan.schedule.rate(step),
+            tflops: self.plan.flops.total / 1e12,
+            tokens: self.plan.flops.tokens,
+            peak_flops: self.peak,
+            memory_bytes: metrics::memory::process().map(|m| m.resident),
+            data_wait_seconds: waited.as_secs_f64(),
+            skipped: false,
+        }
+    }
+
+    /// Stops at a loss that is no number, and keeps the batch.
+    fn check_loss(&self, m: &StepMetrics, batch: &TokenBatch, writer: &mut MetricsWriter) -> Result<()> {
+        let o = &self.config.output;
+        let bad = (m.loss.is_nan() && o.abort_on_nan_loss) || (m.loss.is_infinite() && o.abort_on_inf_loss);
+        if !bad {
+            return Ok(());
+        }
+        writer.log_step(m)?;
+        writer.flush()?;
+        let path = self.run_dir.join(format!("bad_batch_step_{}.json", m.step));
+        let text = json!({
+            "step": m.step, "loss": m.loss.to_string(), "rows": batch.rows, "seq": batch.seq,
+            "inputs": batch.inputs, "inputs_position": batch.inputs_position,
+            "inputs_segmentation": batch.inputs_segmentation, "targets": batch.targets,
+            "targets_segmentation": batch.targets_segmentation,
+        });
+        fs_err::write(&path, text.to_string())?;
+        Err(TrainError::BadLoss { step: m.step, loss: m.loss, batch: path })
+    }
+
+    fn save(
+        &mut self,
+        device: &Device<'_>,
+        step: u64,
+        source: &Prefetch,
+        events: &mut dyn FnMut(Event<'_>),
+    ) -> Result<()> {
+        let (Some(store), Some(saver)) = (&self.store, &mut self.saver) else { return Ok(()) };
+        if self.saved == Some(step) {
+            return Ok(());
+        }
+        let clock = Instant::now();
+        // The first checkpoint of a run holds everything, later ones what changed.
+        let all = self.saved.is_none();
+        let (params, moments) = device.snapshot(all)?;
+        let cursor = serde_json::to_value(source.cursor()).unwrap_or_default();
+        let table = param_table(&self.plan.arch);
+        let held: std::collections::HashSet<&str> = params.iter().map(|(n, _)| n.as_str()).collect();
+        let trained = |p: &&tensor::ParamSpec| self.plan.is_trained(p);
+        let state = TrainerState {
+            format: 1,
+            step,
+            cursor,
+            optimizer: optimizer_name(self.plan).to_owned(),
+            trained: table.iter().filter(trained).map(|p| p.name.clone()).collect(),
+            keys: self.identity.clone(),
+            written_by: concat!("lapidary ", env!("CARGO_PKG_VERSION")).to_owned(),
+        };
+        let frozen = table.iter().filter(|p| !held.contains(p.name.as_str())).map(|p| p.name.clone()).collect();
+        let array = |(name, data)| Array { name, data };
+        let mut params: Vec<Array> = params.into_iter().map(array).collect();
+        let mut frozen: Vec<String> = frozen;
+        if all && frozen.iter().any(|n| n == EMBED_TOKENS_PER_LAYER) && self.config.checkpoint.load_parameters_path.is_empty() {
+            // Drawn at random and kept on the host: nothing else could give it back.
+            params.push(Array { name: EMBED_TOKENS_PER_LAYER.into(), data: device.host_table()? });
+            frozen.retain(|n| n != EMBED_TOKENS_PER_LAYER);
+        }
+        let moments = moments.into_iter().map(array).collect();
+        saver.submit(Snapshot { state, params, frozen, moments })?;
+        if !self.config.checkpoint.asynchronous {
+            saver.finish()?;
+        }
+        self.saved = Some(step);
+        events(Event::Saved { step, path: &store.path(step), paused: clock.elapsed() });
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        match &mut self.saver {
+            Some(saver) => Ok(saver.finish()?),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Compiles and places what a run starts from: its last checkpoint, a given model, or random weights.
+fn place<'r>(
+    runtime: &'r Runtime,
+    config: &Config,
+    plan: &Plan,
+    given: Option<&Arc<Model>>,
+    loaded: Option<&Loaded>,
+) -> Result<(Device<'r>, CompileReport)> {
+    let table = param_table(&plan.arch);
+    let seed = config.run.init_weights_seed;
+    let random = |name: &str| -> Result<HostArray> {
+        match table.iter().find(|p| p.name == name) {
+            Some(spec) => Ok(init::initial(spec, seed)?),
+            None => Err(crate::EngineError::Input(format!("no parameter {name}")).into()),
+        }
+    };
+    let from_model = |name: &str| -> Result<HostArray> {
+        match given {
+            Some(model) => Ok(model.read(name)?),
+            None => random(name),
+        }
+    };
+    match loaded {
+        Some(l) => {
+            let source = |name: &str| -> Result<HostArray> { Ok(l.param(name)?) };
+            let moments = |name: &str| -> Result<HostArray> { Ok(l.moment(name)?) };
+            let own = Arc::new(Model::open(l.model_dir())?);
+            Device::new(runtime, plan.clone(), &source, Some(&moments as &Source<'_>), Some(&own))
+        }
+        None => Device::new(runtime, plan.clone(), &from_model, None, given),
+    }
+}
+
+fn next_batch(source: &mut Prefetch, config: &Config, rows: usize, seq: usize) -> Result<Option<TokenBatch>> {
+    Ok(match source.next()? {
+        None if config.data.generate_padding_batch_train => Some(TokenBatch::empty(rows, seq)),
+        batch => batch,
+    })
+}
+
+fn evaluate(
+    device: &mut Device<'_>,
+    source: &mut dyn BatchSource,
+    config: &Config,
+    step: u64,
+    events: &mut dyn FnMut(Event<'_>),
+) -> Result<EvalMetrics> {
+    let beginning = source.cursor();
+    let mut found = EvalMetrics::begin(step);
+    let limit = config.output.eval_steps.unwrap_or(usize::MAX);
+    for _ in 0..limit {
+        let clock = Instant::now();
+        let Some(batch) = source.next()? else { break };
+        let sums = device.evaluate(&batch)?;
+        let seconds = clock.elapsed().as_secs_f64();
+        let z = f64::from(sums.z) / (f64::from(sums.weight) + 1e-8);
+        found.add(f64::from(sums.total), f64::from(sums.weight), z, seconds);
+        events(Event::EvalStep { line: &found.running_line(seconds) });
+    }
+    source.restore(&beginning)?;
+    Ok(found)
+}
+
+fn scalars(plan: &Plan, step: u64) -> Scalars {
+    let t = (step + 1) as f64;
+    let correction = |b: f64| (1.0 / (1.0 - b.powf(t))) as f32;
+    let (correction1, correction2) = match &plan.step.update.rule {
+        Rule::AdamW(a) => (correction(a.b1), correction(a.b2)),
+        Rule::Sgd => (1.0, 1.0),
+    };
+    Scalars { learning_rate: plan.schedule.rate(step) as f32, correction1, correction2 }
+}
+
+fn optimizer_name(plan: &Plan) -> &'static str {
+    match plan.step.update.rule {
+        Rule::AdamW(_) => "adamw",
+        Rule::Sgd => "sgd",
+    }
+}
+
+fn run_name(config: &Config) -> String {
+    if !config.output.run_name.is_empty() {
+        return config.output.run_name.clone();
+    }
+    let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    format!("{}_{}", config.model.name, stamp(seconds))
+}
+
+/// `YYYY-MM-DD-HH-MM` of seconds since 1970, UTC.
+fn stamp(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Days since 1 March of year 0, in eras of 400 years.
+    let z = days + 719_468;
+    let (era, day) = (z / 146_097, z % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let of_year = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153;
+    let (d, m) = (of_year - (153 * month + 2) / 5 + 1, if month < 10 { month + 3 } else { month - 9 });
+    let y = year + era * 400 + u64::from(m <= 2);
+    format!("{y:04}-{m:02}-{d:02}-{:02}-{:02}", rest / 3600, rest / 60 % 60)
+}
+
+/// The configured architecture, or that of the checkpoint where the configuration names no model.
+fn architecture(config: &Config, given: Option<&Model>) -> Result<Arch> {
+    let Some(model) = given else { return Ok(Arch::from_config(config)?) };
+    if config.model_source().is_none() {
+        return Ok(model.arch().clone());
+    }
+    let configured = Arch::from_config(config)?;
+    if &configured == model.arch() {
+        return Ok(configured);
+    }
+    let (a, b) = (configured.spec(), model.arch().spec());
+    let (a, b) = (format!("{a:#?}"), format!("{b:#?}"));
+    let differs = a.lines().zip(b.lines()).find(|(x, y)| x != y);
+    let reason = match differs {
+        Some((ours, theirs)) => format!(
+            "the configuration says {}, the checkpoint {}; leave model_name out to take the checkpoint's",
+            ours.trim().trim_end_matches(','),
+            theirs.trim().trim_end_matches(',')
+        ),
+        None => "their layers differ".to_owned(),
+    };
+    Err(TrainError::OtherModel { path: model.path().to_owned(), reason })
+}
+
+fn store_options(config: &Config, plan: &Plan, given: Option<&Model>) -> StoreOptions {
+    let hf = given.filter(|m| m.report().is_some());
+    StoreOptions {
+        keep: config.checkpoint.max_to_keep,
+        conditional: true,
+        arch: plan.arch.clone(),
+        source: hf.map(|m| m.path().to_owned()),
+    }
+}
+
+/// What must be as it was for a run to go on.
+fn identity(config: &Config, plan: &Plan) -> BTreeMap<String, serde_json::Value> {
+    let step = &plan.step;
+    BTreeMap::from([
+        ("opt_type".to_owned(), json!(optimizer_name(plan))),
+        ("weight_dtype".to_owned(), json!(config.numerics.weight_dtype)),
+        ("mu_dtype".to_owned(), json!(config.optimizer.mu_dtype)),
+        ("trainable_parameters_mask".to_owned(), json!(config.optimizer.trainable)),
+        ("train_layer_scalar".to_owned(), json!(config.optimizer.train_layer_scalar)),
+        ("max_target_length".to_owned(), json!(step.seq)),
+        ("per_device_batch_size".to_owned(), json!(step.rows)),
+        ("gradient_accumulation_steps".to_owned(), json!(step.accumulation)),
+    ])
+}
+
+fn check_identity(state: &TrainerState, now: &BTreeMap<String, serde_json::Value>) -> Result<()> {
+    for (name, value) in now {
+        if let Some(was) = state.keys.get(name)
+            && was != value
+        {
+            let reason = format!("{name} was {was} when the run's last checkpoint was written and is {value} now");
+            return Err(TrainError::Key {
+                key: "run_name",
+                reason: format!("{reason}; set it back, or start another run with load_parameters_path"),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The peak rate: published where the device is in the table, else measured.
+fn peak_rate(runtime: &Runtime, plan: &Plan) -> Option<f64> {
+    let dtype = plan.step.loss.dtype;
+    let kind = runtime.client().devices().first().map(|d| d.kind.clone()).unwrap_or_default();
+    let listed = peak::DEVICES.iter().find(|d| d.kinds.iter().any(|k| *k == kind));
+    match listed.and_then(|d| d.flops_per_second(dtype.name())) {
+        Some(rate) => Some(rate),
+        None => peak::measure(runtime, dtype).ok().map(|m| m.best_flops_per_second()),
+    }
+}
+
+fn summary(plan: &Plan, config: &Config, peak: Option<f64>) -> String {
+    render(&Summary {
+        model: &config.model.name,
+        parameters: plan.counts,
+        flops: &plan.flops,
+        peak_flops: peak,
+        devices: 1,
+        memory: &plan.memory(),
+        memory_limit: metrics::memory::machine().map(|m| m.total),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::stamp;
+
+    #[test]
+    fn stamps_are_dates() {
+        assert_eq!(stamp(0), "1970-01-01-00-00");
+        assert_eq!(stamp(951_826_554), "2000-02-29-12-15");
+        assert_eq!(stamp(1_795_521_550), "2026-11-24-11-59");
+    }
+}

@@ -1,0 +1,195 @@
+//! How a program holds its parameters: one array each, or those of like layers stacked for a loop.
+//!
+//! Scanning splits the layers into the two segments of the architecture (own keys and values, borrowed ones), each a whole
+//! number of repetitions of the pattern of kinds. A segment of several repetitions becomes one loop over them; the parameters
+//! of layer `j` of every repetition are one array with the repetition as leading dimension. Checkpoints know nothing of it.
+
+use tensor::{ParamSpec, Shape};
+
+use crate::Arch;
+use crate::params::param_table;
+
+/// One array of a program and the parameters in it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Slot {
+    /// Name of the program's input: the parameter's, with `@n` behind it where `n` of them are stacked.
+    pub name: String,
+    /// Shape of the array.
+    pub shape: Shape,
+    /// The parameters in it: one of this shape, or several stacked along dimension 0.
+    pub members: Vec<ParamSpec>,
+    /// Whether they are stacked (a stack may be of one).
+    pub stacked: bool,
+}
+
+impl Slot {
+    /// The first parameter, whose part, axes and kind hold for all.
+    #[must_use]
+    pub fn spec(&self) -> &ParamSpec {
+        &self.members[0]
+    }
+}
+
+/// A run of layers in a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Run {
+    /// One layer by itself.
+    Layer(usize),
+    /// A loop over `groups` repetitions of `period` layers.
+    Loop { start: usize, groups: usize, period: usize },
+}
+
+/// The arrays of a program's parameters.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Layout {
+    slots: Vec<Slot>,
+    runs: Vec<Run>,
+}
+
+/// Layers that do not repeat in a way a loop could follow.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "scan_layers=true needs layers that repeat evenly: the kinds repeat every {period}, which divides neither or only one of \
+     the {own} layers with own keys and values and the {shared} that borrow them; use scan_layers=false"
+)]
+pub struct UnevenLayers {
+    /// Smallest distance at which the kinds repeat.
+    pub period: usize,
+    /// Layers with own keys and values.
+    pub own: usize,
+    /// Layers that borrow them.
+    pub shared: usize,
+}
+
+impl Layout {
+    /// Every parameter by itself, every layer written out.
+    #[must_use]
+    pub fn unrolled(arch: &Arch) -> Self {
+        let slots = param_table(arch).into_iter().map(single).collect();
+        Layout { slots, runs: (0..arch.layers().len()).map(Run::Layer).collect() }
+    }
+
+    /// A loop for every segment that has more than one repetition of the pattern.
+    ///
+    /// # Errors
+    /// When the pattern does not divide the segments.
+    pub fn scanned(arch: &Arch) -> Result<Self, UnevenLayers> {
+        let kinds: Vec<_> = arch.layers().iter().map(|l| l.kind).collect();
+        let period = (1..=kinds.len()).find(|p| kinds[*p..].iter().eq(&kinds[..kinds.len() - p])).unwrap_or(1);
+        let own = arch.first_shared_layer();
+        let shared = kinds.len() - own;
+        if !own.is_multiple_of(period) || !shared.is_multiple_of(period) {
+            return Err(UnevenLayers { period, own, shared });
+        }
+        let mut runs = Vec::new();
+        for (start, length) in [(0, own), (own, shared)] {
+            match length / period {
+                0 => {}
+                1 => runs.extend((start..start + period).map(Run::Layer)),
+                groups => runs.push(Run::Loop { start, groups, period }),
+            }
+        }
+        let looped = |layer: usize| {
+            runs.iter().find_map(|r| match *r {
+                Run::Loop { start, groups, period } if (start..start + groups * period).contains(&layer) => {
+                    Some((layer - start, groups, period))
+                }
+                _ => None,
+            })
+        };
+        let table = param_table(arch);
+        let mut slots: Vec<Slot> = Vec::new();
+        for spec in &table {
+            match spec.layer.and_then(looped) {
+                None => slots.push(single(spec.clone())),
+                Some((offset, groups, period)) if offset < period => {
+                    let members: Vec<ParamSpec> = (0..groups).filter_map(|i| moved(&table, spec, i * period)).collect();
+                    let shape: Shape = [&[members.len()], spec.shape.dims()].concat().into();
+                    slots.push(Slot { name: format!("{}@{groups}", spec.name), shape, members, stacked: true });
+                }
+                // Stacked with that of the first repetition.
+                Some(_) => {}
+            }
+        }
+        Ok(Layout { slots, runs })
+    }
+
+    /// The arrays, in the order of a program's inputs.
+    #[must_use]
+    pub fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// Whether there is any loop.
+    #[must_use]
+    pub fn has_loops(&self) -> bool {
+        self.runs.iter().any(|r| matches!(r, Run::Loop { .. }))
+    }
+
+    pub(crate) fn runs(&self) -> &[Run] {
+        &self.runs
+    }
+}
+
+fn single(spec: ParamSpec) -> Slot {
+    Slot { name: spec.name.clone(), shape: spec.shape.clone(), members: vec![spec], stacked: false }
+}
+
+/// The parameter of the same role, some layers later.
+fn moved(table: &[ParamSpec], spec: &ParamSpec, by: usize) -> Option<ParamSpec> {
+    let layer = spec.layer? + by;
+    let role = role(spec)?;
+    table.iter().find(|p| p.layer == Some(layer) && crate::layout::role(p) == Some(role)).cloned()
+}
+
+/// The name of a layer's parameter without `layers.N.`.
+pub(crate) fn role(spec: &ParamSpec) -> Option<&str> {
+    spec.layer?;
+    spec.name.splitn(3, '.').nth(2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch::tests::{e2b, e4b};
+
+    #[test]
+    fn every_parameter_is_in_one_slot() {
+        for arch in [e2b(), e4b()] {
+            let wanted: Vec<String> = param_table(&arch).into_iter().map(|p| p.name).collect();
+            for layout in [Layout::unrolled(&arch), Layout::scanned(&arch).unwrap()] {
+                let mut found: Vec<&str> =
+                    layout.slots().iter().flat_map(|s| s.members.iter().map(|m| m.name.as_str())).collect();
+                let mut wanted: Vec<&str> = wanted.iter().map(String::as_str).collect();
+                found.sort_unstable();
+                wanted.sort_unstable();
+                assert_eq!(found, wanted);
+                for s in layout.slots() {
+                    assert_eq!(
+                        s.shape.elements(),
+                        s.members.iter().map(|m| m.shape.elements()).sum::<usize>(),
+                        "{}",
+                        s.name
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn e2b_and_e4b_are_two_loops_each() {
+        let runs = |arch: &Arch| Layout::scanned(arch).unwrap().runs().to_vec();
+        let looped = |start, groups, period| Run::Loop { start, groups, period };
+        assert_eq!(runs(&e2b()), [looped(0, 3, 5), looped(15, 4, 5)]);
+        assert_eq!(runs(&e4b()), [looped(0, 4, 6), looped(24, 3, 6)]);
+    }
+
+    #[test]
+    fn a_pattern_that_does_not_divide_is_refused() {
+        let mut spec = e2b().spec().clone();
+        spec.num_kv_shared_layers = 18;
+        let error = Layout::scanned(&Arch::new(spec).unwrap()).unwrap_err();
+        assert_eq!(error, UnevenLayers { period: 5, own: 17, shared: 18 });
+        assert!(error.to_string().contains("scan_layers=false"));
+    }
+}

@@ -1,0 +1,252 @@
+//! The training loss: decoder, tied head and cross-entropy, whose logits exist for one block of rows at a time.
+
+use std::collections::HashMap;
+
+use graph::{Compare, DotDims, Graph, GraphError, Value};
+use tensor::DType;
+
+use crate::decoder::{Decoder, LayerRemat, Tokens, Weights};
+use crate::layout::Layout;
+use crate::nn::{Result, project, wide};
+use crate::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
+use crate::Arch;
+
+/// How a loss is computed.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LossOptions {
+    /// Activation dtype, to which matrices are rounded before a product.
+    pub dtype: DType,
+    /// What the gradient of a layer keeps.
+    pub remat: LayerRemat,
+    /// Blocks in which the rows go through head and cross-entropy; divides `b * t`.
+    pub blocks: usize,
+    /// Factor of the squared log-partition added to each token's loss.
+    pub z_loss: f64,
+    /// Whether the gradient is wanted: by the token table as head, or by hidden states at all.
+    pub gradient: HeadGradient,
+}
+
+/// What the head's block computes beside the loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeadGradient {
+    /// The loss alone.
+    None,
+    /// The gradient by hidden states.
+    Hidden,
+    /// That and the gradient by the token table.
+    HiddenAndTable,
+}
+
+/// One batch as values of a graph, each `[b, t]` i32.
+#[derive(Debug, Clone, Copy)]
+pub struct BatchValues {
+    /// Token ids.
+    pub ids: Value,
+    /// Positions, restarting in every document.
+    pub positions: Value,
+    /// Documents: positions of different ones do not see each other. `None`: every row is one document.
+    pub segments: Option<Value>,
+    /// The token that follows.
+    pub targets: Value,
+    /// 0 where there is no target.
+    pub target_segments: Value,
+    /// Rows of the per-layer table for every token, `[b, t, l * p]`; `None`: taken from the table among the parameters.
+    pub per_layer_rows: Option<Value>,
+}
+
+/// Sums over the tokens of a batch, each an f32 scalar.
+#[derive(Debug, Clone, Copy)]
+pub struct LossSums {
+    /// Cross-entropy, z term included.
+    pub total: Value,
+    /// The z term alone.
+    pub z: Value,
+    /// Number of targets.
+    pub weight: Value,
+}
+
+/// Sum of the losses of a batch. `params` holds the slots of the layout by name, in the dtype they are stored in.
+///
+/// # Errors
+/// When shapes do not fit the architecture.
+pub fn loss_sums(
+    g: &Graph,
+    arch: &Arch,
+    layout: &Layout,
+    options: &LossOptions,
+    params: &HashMap<String, Value>,
+    batch: &BatchValues,
+) -> std::result::Result<LossSums, GraphError> {
+    // Matrices are rounded once, outside of loops and of what is computed again.
+    let mut cast = HashMap::with_capacity(params.len());
+    for slot in layout.slots() {
+        let v = params[&slot.name];
+        let matrix = slot.spec().shape.rank() >= 2 && slot.spec().name != EMBED_TOKENS_PER_LAYER;
+        let v = if matrix { g.convert(v, options.dtype)? } else { v };
+        cast.insert(slot.name.clone(), v);
+    }
+    // Rows are looked up in the table as stored, so that their gradient is summed in its precision.
+    let table = params[EMBED_TOKENS];
+    cast.insert(EMBED_TOKENS.to_owned(), table);
+    let rows = match (arch.per_layer_input(), batch.per_layer_rows) {
+        (Some(_), None) => Some(g.take(params[EMBED_TOKENS_PER_LAYER], batch.ids)?),
+        (_, rows) => rows,
+    };
+    let weights = Weights::new(cast);
+    let decoder = Decoder { g, arch, layout, weights: &weights, dtype: options.dtype, remat: options.remat.clone() };
+    let tokens = Tokens { ids: batch.ids, rows, segments: batch.segments, positions: batch.positions };
+    let last = decoder.run(&tokens)?.last;
+
+    let _scope = g.scope("loss");
+    let d = g.dims(last);
+    let n = d[0] * d[1];
+    let hidden = g.reshape(last, [n, d[2]])?;
+    let targets = g.reshape(batch.targets, [n])?;
+    let segments = g.reshape(batch.target_segments, [n])?;
+    let counted = g.convert(g.compare(Compare::Ne, segments, g.full_like(segments, 0.0)?)?, wide(options.dtype))?;
+    let head = Head { cap: arch.spec().final_logit_softcapping, options };
+    let [total, z] = head.cross_entropy(g, hidden, table, targets, counted)?;
+    let narrow = |v: Value| g.convert(v, DType::F32);
+    Ok(LossSums { total: narrow(total)?, z: narrow(z)?, weight: narrow(g.reduce_sum(counted, &[0])?)? })
+}
+
+struct Head<'a> {
+    cap: Option<f64>,
+    options: &'a LossOptions,
+}
+
+/// What a block of rows gives.
+struct Block {
+    total: Value,
+    z: Value,
+    /// `[c, d]`, in the activation dtype.
+    d_hidden: Option<Value>,
+    /// `[v, d]`, in the activation dtype.
+    d_table: Option<Value>,
+}
+
+impl Head<'_> {
+    /// Sums of loss and z term over rows of hidden states `[n, d]`.
+    ///
+    /// The loss is a scalar, so that its gradient is known up to one factor as soon as a block's logits are there: it is
+    /// computed with the block, and nothing of the size `[rows, v]` is kept or computed twice.
+    fn cross_entropy(&self, g: &Graph, hidden: Value, table: Value, targets: Value, counted: Value) -> Result<[Value; 2]> {
+        let inputs = [hidden, table, targets, counted];
+        let forward = |g: &Graph, v: &[Value]| {
+            let [total, z, gradients @ ..] = &self.blocks(g, v)?[..] else {
+                unreachable!("the sums are always there")
+            };
+            Ok((vec![*total, *z], gradients.to_vec()))
+        };
+        // The z term is part of the total; by itself it is only looked at.
+        let backward = |g: &Graph, v: &[Value], kept: &[Value], ct: &[Value]| {
+            let scaled = |kept: Option<&Value>, like: Value| -> Result<Option<Value>> {
+                let Some(&x) = kept else { return Ok(None) };
+                let x = g.mul_bcast(g.convert(x, wide(g.dtype(x)))?, g.convert(ct[0], wide(g.dtype(x)))?)?;
+                Ok(Some(g.convert(x, g.dtype(like))?))
+            };
+            Ok(vec![scaled(kept.first(), v[0])?, scaled(kept.get(1), v[1])?, None, None])
+        };
+        let out = g.custom_vjp(&inputs, forward, backward)?;
+        Ok([out[0], out[1]])
+    }
+
+    /// Total, z term, and the gradients asked for, summed over blocks.
+    fn blocks(&self, g: &Graph, v: &[Value]) -> Result<Vec<Value>> {
+        let [hidden, table, targets, counted] = [v[0], v[1], v[2], v[3]];
+        let dims = g.dims(hidden);
+        let (n, d) = (dims[0], dims[1]);
+        let float = g.dtype(counted);
+        let wants_table = self.options.gradient == HeadGradient::HiddenAndTable;
+        // A product takes the table rounded; rows of targets and the gradient's sum keep the stored precision.
+        let narrow = g.convert(table, self.options.dtype)?;
+        let blocks = self.options.blocks.max(1);
+        if blocks == 1 {
+            let b = self.block(g, hidden, narrow, targets, counted)?;
+            let d_table = b.d_table.map(|x| g.convert(x, float)).transpose()?;
+            return Ok([Some(b.total), Some(b.z), b.d_hidden, d_table].into_iter().flatten().collect());
+        }
+        let c = n / blocks;
+        let zero = g.scalar(float, 0.0)?;
+        let mut carry = vec![zero, zero];
+        if wants_table {
+            carry.push(g.splat(float, g.shape(table), 0.0)?);
+        }
+        let xs = [g.reshape(hidden, [blocks, c, d])?, g.reshape(targets, [blocks, c])?, g.reshape(counted, [blocks, c])?];
+        let (sums, ys) = g.scan(blocks, &carry, &xs, &[narrow], |g, carry, x, k| {
+            let b = self.block(g, x[0], k[0], x[1], x[2])?;
+            let mut next = vec![g.add(carry[0], b.total)?, g.add(carry[1], b.z)?];
+            if let (Some(&sum), Some(d_table)) = (carry.get(2), b.d_table) {
+                next.push(g.add(sum, g.convert(d_table, float)?)?);
+            }
+            Ok((next, b.d_hidden.into_iter().collect()))
+        })?;
+        let d_hidden = ys.first().map(|&y| g.reshape(y, [n, d])).transpose()?;
+        Ok([Some(sums[0]), Some(sums[1]), d_hidden, sums.get(2).copied()].into_iter().flatten().collect())
+    }
+
+    /// One block: hidden states `[c, d]`, table `[v, d]`, targets `[c]` i32, weights `[c]`.
+    fn block(&self, g: &Graph, hidden: Value, table: Value, targets: Value, counted: Value) -> Result<Block> {
+        let LossOptions { dtype, z_loss, gradient, .. } = *self.options;
+        let (c, v) = (g.dims(hidden)[0], g.dims(table)[0]);
+        let float = g.dtype(counted);
+        let column = |x: Value| g.reshape(x, [c, 1]);
+        // Rounded to the activation dtype, as MaxText does unless logits_dot_in_fp32 is set.
+        let raw = g.convert(project(g, hidden, table, dtype)?, float)?;
+        let (tanh, logits) = match self.cap {
+            Some(cap) => {
+                let t = g.tanh(g.mul_scalar(raw, 1.0 / cap)?)?;
+                (Some(t), g.mul_scalar(t, cap)?)
+            }
+            None => (None, raw),
+        };
+        // The cap bounds the logits, so that their largest need not be looked for.
+        let (shifted, shift) = match self.cap {
+            Some(cap) => (g.add_scalar(logits, -cap)?, g.splat(float, [c, 1], cap)?),
+            None => {
+                let max = g.reduce_max_keep(logits, &[1])?;
+                (g.sub_bcast(logits, max)?, max)
+            }
+        };
+        let e = g.exp(shifted)?;
+        let sum = g.reduce_sum_keep(e, &[1])?;
+        let log_z = g.add(g.log(sum)?, shift)?;
+        // [c, v] bool, never stored: it is fused into whatever reads it.
+        let column_index = g.iota(DType::I32, [1, v], 1)?;
+        let hit = g.compare_bcast(Compare::Eq, column_index, column(targets)?)?;
+        let at_target = g.select(hit, logits, g.full_like(logits, 0.0)?)?;
+        let at_target = g.reduce_sum_keep(at_target, &[1])?;
+        let z = g.mul_scalar(g.mul(log_z, log_z)?, z_loss)?;
+        let each = g.add(g.sub(log_z, at_target)?, z)?;
+        let weight = column(counted)?;
+        let total = g.reduce_sum(g.mul(each, weight)?, &[0, 1])?;
+        let z_total = g.reduce_sum(g.mul(z, weight)?, &[0, 1])?;
+        if gradient == HeadGradient::None {
+            return Ok(Block { total, z: z_total, d_hidden: None, d_table: None });
+        }
+        // d total / d logits = (softmax * (1 + 2 z_loss log_z) - hit) * weight
+        let factor = g.add_scalar(g.mul_scalar(log_z, 2.0 * z_loss)?, 1.0)?;
+        let factor = g.div(g.mul(factor, weight)?, sum)?;
+        let one = g.select(hit, g.broadcast_to(weight, [c, v])?, g.splat(float, [c, v], 0.0)?)?;
+        let mut d_raw = g.sub(g.mul_bcast(e, factor)?, one)?;
+        if let Some(t) = tanh {
+            d_raw = g.mul(d_raw, g.add_scalar(g.neg(g.mul(t, t)?)?, 1.0)?)?;
+        }
+        let d_raw = g.convert(d_raw, dtype)?;
+        let product = |l: Value, r: Value, contract: [usize; 2]| {
+            let dims = DotDims {
+                lhs_batch: vec![],
+                rhs_batch: vec![],
+                lhs_contract: vec![contract[0]],
+                rhs_contract: vec![contract[1]],
+            };
+            g.dot_general(l, r, dims, dtype)
+        };
+        let d_hidden = Some(product(d_raw, table, [1, 0])?);
+        let d_table = match gradient {
+            HeadGradient::HiddenAndTable => Some(product(d_raw, hidden, [0, 0])?),
+            _ => None,
+        };
+        Ok(Block { total, z: z_total, d_hidden, d_table })
+    }
+}
