@@ -56,14 +56,17 @@ pub(super) const MEMORY: &[Key] = &within(
         Key::bool(
             "scan_layers",
             false,
-            "Compiles one group of layers and loops over it, instead of every layer on its own.",
+            "Loops over groups of like layers instead of writing every layer out: the program compiles in a time that \
+             does not depend on depth, and may run slower. Needs a pattern of layers that divides both the layers with \
+             own keys and values and those that borrow them.",
         )
-        .differs(Literal::Bool(true), "MaxText's default cannot run these models"),
+        .differs(Literal::Bool(true), "MaxText cannot loop over these models' layers"),
         Key::int(
             "num_vocab_tiling",
             1,
             "Number of pieces in which output projection and loss are computed; divides the tokens per device. \
-             Memory falls, the result stays the same up to rounding.",
+             Memory falls, the result stays the same up to rounding. Left out, as many as keep the logits of a piece \
+             near 64 MiB.",
         )
         .at_least(1),
         Key::int("max_segments_per_seq", -1, "Most documents packed into one sequence; -1 sets no limit.").at_least(-1),

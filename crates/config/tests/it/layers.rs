@@ -285,6 +285,6 @@ fn a_checkpoint_takes_the_place_of_the_model_file() {
 
 #[test]
 fn all_problems_are_reported_at_once() {
-    let found = problems(&["steps=abc", "foo_bar=1", "attention=bogus", "base_emb_dim=3", "scan_layers=true", "x"]);
+    let found = problems(&["steps=abc", "foo_bar=1", "attention=bogus", "base_emb_dim=3", "use_multimodal=true", "x"]);
     assert_eq!(found.len(), 6, "{found:#?}");
 }
