@@ -499,13 +499,10 @@ fn stamp(seconds: u64) -> String {
     format!("{y:04}-{m:02}-{d:02}-{:02}-{:02}", rest / 3600, rest / 60 % 60)
 }
 
-/// The configured architecture, or that of the checkpoint where the configuration names no model.
+/// The configured architecture, which is also that of the checkpoint.
 fn architecture(config: &Config, given: Option<&Model>) -> Result<Arch> {
-    let Some(model) = given else { return Ok(Arch::from_config(config)?) };
-    if config.model_source().is_none() {
-        return Ok(model.arch().clone());
-    }
     let configured = Arch::from_config(config)?;
+    let Some(model) = given else { return Ok(configured) };
     if &configured == model.arch() {
         return Ok(configured);
     }
@@ -514,7 +511,7 @@ fn architecture(config: &Config, given: Option<&Model>) -> Result<Arch> {
     let differs = a.lines().zip(b.lines()).find(|(x, y)| x != y);
     let reason = match differs {
         Some((ours, theirs)) => format!(
-            "the configuration says {}, the checkpoint {}; leave model_name out to take the checkpoint's",
+            "the configuration says {}, the checkpoint {}; set the keys of the model to match its config.json",
             ours.trim().trim_end_matches(','),
             theirs.trim().trim_end_matches(',')
         ),
