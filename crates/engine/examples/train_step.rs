@@ -39,7 +39,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         weight_dtype: DType::F32,
         update: Update { rule: Rule::AdamW(adam), clip: 1.0 },
     };
-    let program = step_program(&arch, &layout, &options, &|_| Role { trained: true, decayed: true, dtype: DType::F32 })?;
+    let program =
+        step_program(&arch, &layout, &options, &|_| Role { trained: true, decayed: true, dtype: DType::F32 })?;
     println!("{}", program.stablehlo());
     Ok(())
 }

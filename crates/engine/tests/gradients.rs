@@ -2,18 +2,18 @@
 //!
 //! `LAPIDARY_GOLDEN_DIR` names further cases. A case without gradients checks its loss alone.
 
-// The helpers of a test may unwrap as the test itself does.
-#![allow(clippy::unwrap_used)]
+// The helpers of a test may unwrap as the test itself does; what was compared is worth seeing with --nocapture.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::path::{Path, PathBuf};
 
 use checkpoint::safetensors::SafetensorsFile;
-use lapidary_engine::train::optimizer::{Rule, Update};
-use lapidary_engine::train::step::{PerLayerTable, Role, StepOptions, StepSums, gradient_program, names};
-use lapidary_engine::{Model, Runtime, RuntimeOptions};
 use gemma4::decoder::LayerRemat;
 use gemma4::layout::{Layout, Slot};
 use gemma4::loss::{HeadGradient, LossOptions};
+use lapidary_engine::train::optimizer::{Rule, Update};
+use lapidary_engine::train::step::{PerLayerTable, Role, StepOptions, StepSums, gradient_program, names};
+use lapidary_engine::{Model, Runtime, RuntimeOptions};
 use pjrt::{Buffer, CompileOptions};
 use tensor::{DType, HostArray};
 

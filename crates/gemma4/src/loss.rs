@@ -5,11 +5,11 @@ use std::collections::HashMap;
 use graph::{Compare, DotDims, Graph, GraphError, Value};
 use tensor::DType;
 
+use crate::Arch;
 use crate::decoder::{Decoder, LayerRemat, Tokens, Weights};
 use crate::layout::Layout;
 use crate::nn::{Result, project, wide};
 use crate::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
-use crate::Arch;
 
 /// How a loss is computed.
 #[derive(Debug, Clone, PartialEq)]
@@ -131,12 +131,17 @@ impl Head<'_> {
     ///
     /// The loss is a scalar, so that its gradient is known up to one factor as soon as a block's logits are there: it is
     /// computed with the block, and nothing of the size `[rows, v]` is kept or computed twice.
-    fn cross_entropy(&self, g: &Graph, hidden: Value, table: Value, targets: Value, counted: Value) -> Result<[Value; 2]> {
+    fn cross_entropy(
+        &self,
+        g: &Graph,
+        hidden: Value,
+        table: Value,
+        targets: Value,
+        counted: Value,
+    ) -> Result<[Value; 2]> {
         let inputs = [hidden, table, targets, counted];
         let forward = |g: &Graph, v: &[Value]| {
-            let [total, z, gradients @ ..] = &self.blocks(g, v)?[..] else {
-                unreachable!("the sums are always there")
-            };
+            let [total, z, gradients @ ..] = &self.blocks(g, v)?[..] else { unreachable!("the sums are always there") };
             Ok((vec![*total, *z], gradients.to_vec()))
         };
         // The z term is part of the total; by itself it is only looked at.
@@ -173,7 +178,8 @@ impl Head<'_> {
         if wants_table {
             carry.push(g.splat(float, g.shape(table), 0.0)?);
         }
-        let xs = [g.reshape(hidden, [blocks, c, d])?, g.reshape(targets, [blocks, c])?, g.reshape(counted, [blocks, c])?];
+        let xs =
+            [g.reshape(hidden, [blocks, c, d])?, g.reshape(targets, [blocks, c])?, g.reshape(counted, [blocks, c])?];
         let (sums, ys) = g.scan(blocks, &carry, &xs, &[narrow], |g, carry, x, k| {
             let b = self.block(g, x[0], k[0], x[1], x[2])?;
             let mut next = vec![g.add(carry[0], b.total)?, g.add(carry[1], b.z)?];

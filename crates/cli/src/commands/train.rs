@@ -62,8 +62,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     let runtime = args.engine.start(ui)?;
     let settings = config.raw().show(Filter::Set);
     let config_text: String = settings.iter().map(|s| format!("{}: {}\n", s.key, s.value)).collect();
-    let options =
-        TrainOptions { stop: Some(&stop), batches: args.batches.clone(), config_text: Some(config_text) };
+    let options = TrainOptions { stop: Some(&stop), batches: args.batches.clone(), config_text: Some(config_text) };
     let mut stopping = false;
     let mut tell = |event: Event<'_>| {
         if stop.load(Ordering::Relaxed) && !stopping {

@@ -158,8 +158,7 @@ impl<'r> Device<'r> {
             let rows: Vec<&[i32]> = values.chunks(batch.seq).collect();
             (0..micro).flat_map(|i| rows.iter().skip(i).step_by(micro).flat_map(|r| r.iter().copied())).collect()
         };
-        let mut fields =
-            vec![&batch.inputs, &batch.inputs_position, &batch.targets, &batch.targets_segmentation];
+        let mut fields = vec![&batch.inputs, &batch.inputs_position, &batch.targets, &batch.targets_segmentation];
         if options.segments {
             fields.push(&batch.inputs_segmentation);
         }
@@ -303,4 +302,3 @@ pub(crate) fn convert(host: HostArray, dtype: DType) -> Result<HostArray> {
         _ => HostArray::from_f64(dtype, shape, &host.to_f64())?,
     })
 }
-

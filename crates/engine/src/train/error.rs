@@ -64,7 +64,9 @@ pub enum TrainError {
         batch: PathBuf,
     },
     /// The data ended before the last step.
-    #[error("the training data ended after {done} of {steps} steps; raise num_epoch, lower steps, or set generate_padding_batch_train=true")]
+    #[error(
+        "the training data ended after {done} of {steps} steps; raise num_epoch, lower steps, or set generate_padding_batch_train=true"
+    )]
     OutOfData {
         /// Steps done.
         done: u64,

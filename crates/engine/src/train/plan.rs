@@ -84,8 +84,9 @@ impl Plan {
         refuse(config)?;
         let masks = Masks::new(config)?;
         let layout = match config.memory.scan_layers {
-            true => Layout::scanned(&arch)
-                .map_err(|e| TrainError::Key { key: "scan_layers", reason: e.to_string() })?,
+            true => {
+                Layout::scanned(&arch).map_err(|e| TrainError::Key { key: "scan_layers", reason: e.to_string() })?
+            }
             false => Layout::unrolled(&arch),
         };
         let batch = config.run.batch(1)?;
@@ -235,7 +236,11 @@ impl Plan {
             row("optimizer", moments, "moments of what is trained"),
             row("gradients", gradients, "f32"),
             row("rounded weights", rounded, "copies in the activation dtype"),
-            row("activations", tokens * per_token * narrow + scores, "kept for the backward pass, and one layer's scores"),
+            row(
+                "activations",
+                tokens * per_token * narrow + scores,
+                "kept for the backward pass, and one layer's scores",
+            ),
             row("logits", logits, "of one block"),
         ]
     }
@@ -346,7 +351,6 @@ fn refuse(config: &Config) -> Result<(), TrainError> {
     }
     Ok(())
 }
-
 
 #[cfg(test)]
 mod tests {

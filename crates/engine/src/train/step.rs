@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 
+use gemma4::Arch;
 use gemma4::layout::{Layout, Slot};
 use gemma4::loss::{BatchValues, HeadGradient, LossOptions, LossSums, loss_sums};
 use gemma4::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
-use gemma4::Arch;
 use graph::{Graph, GraphError, InputOptions, OutputOptions, Program, Value};
 use tensor::{DType, Shape};
 
@@ -124,7 +124,7 @@ impl StepSums {
 }
 
 /// The slots that a program takes as parameters: all, but for a per-layer table that stays on the host.
-pub fn device_slots<'a>(layout: &'a Layout, per_layer: PerLayerTable) -> impl Iterator<Item = &'a Slot> {
+pub fn device_slots(layout: &Layout, per_layer: PerLayerTable) -> impl Iterator<Item = &Slot> {
     layout
         .slots()
         .iter()
@@ -171,7 +171,7 @@ impl Builder<'_> {
         let mut batch: Vec<Value> =
             fields.into_iter().map(|f| self.g.input(f, DType::I32, shape.clone())).collect::<Result<_>>()?;
         if let (PerLayerTable::Host(dtype), Some(p)) = (o.per_layer, self.arch.per_layer_input()) {
-            let wide = [&shape.dims()[..], &[self.arch.layers().len() * p.width]].concat();
+            let wide = [shape.dims(), &[self.arch.layers().len() * p.width]].concat();
             batch.push(self.g.input(names::PER_LAYER_ROWS, dtype, wide)?);
         }
         Ok(batch)
@@ -182,7 +182,13 @@ impl Builder<'_> {
     }
 
     /// Sums of one micro-batch, whose fields are `[rows, seq]`.
-    fn sums(&self, g: &Graph, params: &HashMap<String, Value>, b: &[Value], gradient: HeadGradient) -> Result<LossSums> {
+    fn sums(
+        &self,
+        g: &Graph,
+        params: &HashMap<String, Value>,
+        b: &[Value],
+        gradient: HeadGradient,
+    ) -> Result<LossSums> {
         let segments = self.options.segments.then(|| b[4]);
         let rows = matches!(self.options.per_layer, PerLayerTable::Host(_)) && self.arch.per_layer_input().is_some();
         let batch = BatchValues {
@@ -222,11 +228,8 @@ impl Builder<'_> {
         };
         let n = self.options.accumulation;
         if n == 1 {
-            let batch: Vec<Value> = inputs
-                .batch
-                .iter()
-                .map(|&b| g.reshape(b, g.dims(b)[1..].to_vec()))
-                .collect::<Result<_>>()?;
+            let batch: Vec<Value> =
+                inputs.batch.iter().map(|&b| g.reshape(b, g.dims(b)[1..].to_vec())).collect::<Result<_>>()?;
             return micro(g, &inputs.params, &batch);
         }
         let zero = g.scalar(DType::F32, 0.0)?;
@@ -369,4 +372,3 @@ fn output_sums(g: &Graph, values: &[Value]) -> Result<()> {
     let parts: Vec<Value> = values.iter().map(|&v| g.reshape(v, [1])).collect::<Result<_>>()?;
     g.output(names::SUMS, g.concatenate(&parts, 0)?)
 }
-

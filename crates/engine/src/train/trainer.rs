@@ -374,7 +374,10 @@ impl Run<'_> {
         let array = |(name, data)| Array { name, data };
         let mut params: Vec<Array> = params.into_iter().map(array).collect();
         let mut frozen: Vec<String> = frozen;
-        if all && frozen.iter().any(|n| n == EMBED_TOKENS_PER_LAYER) && self.config.checkpoint.load_parameters_path.is_empty() {
+        if all
+            && frozen.iter().any(|n| n == EMBED_TOKENS_PER_LAYER)
+            && self.config.checkpoint.load_parameters_path.is_empty()
+        {
             // Drawn at random and kept on the host: nothing else could give it back.
             params.push(Array { name: EMBED_TOKENS_PER_LAYER.into(), data: device.host_table()? });
             frozen.retain(|n| n != EMBED_TOKENS_PER_LAYER);
@@ -415,7 +418,14 @@ fn place<'r>(
     };
     let from_model = |name: &str| -> Result<HostArray> {
         match given {
-            Some(model) => Ok(model.read(name)?),
+            Some(model) => {
+                let host = model.read(name)?;
+                // Copied: its pages would otherwise stay in memory beside the copy.
+                if let Some(view) = model.mapped(name) {
+                    view.bytes.advise_dont_need();
+                }
+                Ok(host)
+            }
             None => random(name),
         }
     };
