@@ -1,0 +1,141 @@
+//! What a run settles before its first step: its name, its model, whether it may go on, what it says of itself.
+
+use std::collections::BTreeMap;
+
+use config::Config;
+use gemma4::Arch;
+use serde_json::json;
+
+use super::TrainError;
+use super::optimizer::Rule;
+use super::plan::Plan;
+use crate::metrics::summary::{Summary, render};
+use crate::train_state::{StoreOptions, TrainerState};
+use crate::{Model, Runtime, metrics, peak};
+
+type Result<T> = std::result::Result<T, TrainError>;
+
+pub(super) fn optimizer_name(plan: &Plan) -> &'static str {
+    match plan.step.update.rule {
+        Rule::AdamW(_) => "adamw",
+        Rule::Sgd => "sgd",
+    }
+}
+
+pub(super) fn run_name(config: &Config) -> String {
+    if !config.output.run_name.is_empty() {
+        return config.output.run_name.clone();
+    }
+    let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    format!("{}_{}", config.model.name, stamp(seconds))
+}
+
+/// `YYYY-MM-DD-HH-MM` of seconds since 1970, UTC.
+fn stamp(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Days since 1 March of year 0, in eras of 400 years.
+    let z = days + 719_468;
+    let (era, day) = (z / 146_097, z % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let of_year = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153;
+    let (d, m) = (of_year - (153 * month + 2) / 5 + 1, if month < 10 { month + 3 } else { month - 9 });
+    let y = year + era * 400 + u64::from(m <= 2);
+    format!("{y:04}-{m:02}-{d:02}-{:02}-{:02}", rest / 3600, rest / 60 % 60)
+}
+
+/// The configured architecture, which is also that of the checkpoint.
+pub(super) fn architecture(config: &Config, given: Option<&Model>) -> Result<Arch> {
+    let configured = Arch::from_config(config)?;
+    let Some(model) = given else { return Ok(configured) };
+    if &configured == model.arch() {
+        return Ok(configured);
+    }
+    let (a, b) = (configured.spec(), model.arch().spec());
+    let (a, b) = (format!("{a:#?}"), format!("{b:#?}"));
+    let differs = a.lines().zip(b.lines()).find(|(x, y)| x != y);
+    let reason = match differs {
+        Some((ours, theirs)) => format!(
+            "the configuration says {}, the checkpoint {}; set the keys of the model to match its config.json",
+            ours.trim().trim_end_matches(','),
+            theirs.trim().trim_end_matches(',')
+        ),
+        None => "their layers differ".to_owned(),
+    };
+    Err(TrainError::OtherModel { path: model.path().to_owned(), reason })
+}
+
+pub(super) fn store_options(config: &Config, plan: &Plan, given: Option<&Model>) -> StoreOptions {
+    let hf = given.filter(|m| m.report().is_some());
+    StoreOptions {
+        keep: config.checkpoint.max_to_keep,
+        conditional: true,
+        arch: plan.arch.clone(),
+        source: hf.map(|m| m.path().to_owned()),
+    }
+}
+
+/// What must be as it was for a run to go on.
+pub(super) fn identity(config: &Config, plan: &Plan) -> BTreeMap<String, serde_json::Value> {
+    let step = &plan.step;
+    BTreeMap::from([
+        ("opt_type".to_owned(), json!(optimizer_name(plan))),
+        ("weight_dtype".to_owned(), json!(config.numerics.weight_dtype)),
+        ("mu_dtype".to_owned(), json!(config.optimizer.mu_dtype)),
+        ("trainable_parameters_mask".to_owned(), json!(config.optimizer.trainable)),
+        ("train_layer_scalar".to_owned(), json!(config.optimizer.train_layer_scalar)),
+        ("max_target_length".to_owned(), json!(step.seq)),
+        ("per_device_batch_size".to_owned(), json!(step.rows)),
+        ("gradient_accumulation_steps".to_owned(), json!(step.accumulation)),
+    ])
+}
+
+pub(super) fn check_identity(state: &TrainerState, now: &BTreeMap<String, serde_json::Value>) -> Result<()> {
+    for (name, value) in now {
+        if let Some(was) = state.keys.get(name)
+            && was != value
+        {
+            let reason = format!("{name} was {was} when the run's last checkpoint was written and is {value} now");
+            return Err(TrainError::Key {
+                key: "run_name",
+                reason: format!("{reason}; set it back, or start another run with load_parameters_path"),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The peak rate: published where the device is in the table, else measured.
+pub(super) fn peak_rate(runtime: &Runtime, plan: &Plan) -> Option<f64> {
+    let dtype = plan.step.loss.dtype;
+    let kind = runtime.client().devices().first().map(|d| d.kind.clone()).unwrap_or_default();
+    let listed = peak::DEVICES.iter().find(|d| d.kinds.iter().any(|k| *k == kind));
+    match listed.and_then(|d| d.flops_per_second(dtype.name())) {
+        Some(rate) => Some(rate),
+        None => peak::measure(runtime, dtype).ok().map(|m| m.best_flops_per_second()),
+    }
+}
+
+pub(super) fn summary(plan: &Plan, config: &Config, peak: Option<f64>) -> String {
+    render(&Summary {
+        model: &config.model.name,
+        parameters: plan.counts,
+        flops: &plan.flops,
+        peak_flops: peak,
+        devices: 1,
+        memory: &plan.memory(),
+        memory_limit: metrics::memory::machine().map(|m| m.total),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::stamp;
+
+    #[test]
+    fn stamps_are_dates() {
+        assert_eq!(stamp(0), "1970-01-01-00-00");
+        assert_eq!(stamp(951_826_554), "2000-02-29-12-15");
+        assert_eq!(stamp(1_795_521_550), "2026-11-24-11-59");
+    }
+}
