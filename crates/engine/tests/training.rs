@@ -3,7 +3,7 @@
 //! Where two programs must agree, activations and weights are `f64`, so that a mistake cannot hide in rounding.
 
 // The helpers of a test may unwrap as the test itself does.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::OnceLock;
