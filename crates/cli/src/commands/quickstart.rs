@@ -1,15 +1,24 @@
 //! `lapidary quickstart`.
 
-use std::path::PathBuf;
+mod grammar;
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use checkpoint::copy::CopyOptions;
+use config::{Config, Sources};
+use engine::convert::diff::{Sides, diff};
+use engine::convert::{Convention, Hints, Settings, Weights, plan};
 use engine::golden::Golden;
 use engine::init::{InitOptions, write_random};
+use engine::train::{Event, TrainOptions, train};
 use engine::verify::{Tolerances, against_golden};
-use engine::{Model, Session};
+use engine::{Batch, Model, Runtime, Session};
 use gemma4::arch::KvSource;
 use gemma4::decoder::Trace;
+use serde_json::{Value, json};
 use tensor::DType;
 
 use super::init::arch_of;
@@ -17,16 +26,18 @@ use super::verify::text;
 use super::{CommandResult, EngineArgs, Failure, Outcome};
 use crate::ui::{Ui, bytes, seconds};
 
-/// See the main job on something small, from nothing: engine, checkpoint, proof.
+/// See the main jobs on something small, from nothing: engine, proof, training, conversion, sampling.
 ///
 /// Fetches the XLA engine if it is not there, writes a tiny random E2B-shaped checkpoint, runs it on XLA and compares its
-/// logits and every layer's output with what Hugging Face transformers computed for the same checkpoint.
+/// logits and every layer's output with what Hugging Face transformers computed for the same checkpoint. Then trains such a
+/// model on text of a small grammar until its loss is near the grammar's entropy, converts it to MaxText and back bit for
+/// bit, and samples sentences from it, which the grammar must accept.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Keep the checkpoint and the golden file in this directory [default: a temporary one, removed at the end].
+    /// Keep checkpoints, text and the golden file in this directory [default: a temporary one, removed at the end].
     #[arg(long, value_name = "DIR")]
     keep: Option<PathBuf>,
-    /// Print the verdict as JSON on stdout.
+    /// Print the verdict of the proof, and what training, conversion and sampling came to, as JSON on stdout.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -40,6 +51,19 @@ const SEED: u64 = 20;
 
 /// The reference is f32 and the checkpoint the same, so that only rounding remains; mistakes show at 0.01 and above.
 const MAX_KL: f64 = 1e-6;
+
+/// Steps of the training, and sentences enough for each to be seen once: the loss is that of new text.
+const STEPS: u64 = 240;
+const SENTENCES: usize = 8000;
+/// The loss is a mean over the last steps.
+const LAST: u64 = 20;
+/// How far above the entropy it may be, and below by the chance of which sentences came last.
+const MARGIN: f64 = 0.10;
+/// Sentences sampled at once, room for each in tokens (the longest sentence has 44 bytes), and how many must be right.
+const SAMPLES: usize = 16;
+const ROOM: usize = 64;
+const NEEDED: usize = 12;
+const TEMPERATURE: f64 = 0.7;
 
 pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     let start = Instant::now();
@@ -93,22 +117,226 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     let tolerances = Tolerances { max_kl_div: MAX_KL, max_abs_diff: None, trace: 1e-4 };
     let mut verdict = against_golden(&session, &golden, tolerances, Trace::Layers)?;
     verdict.dtype = DType::F32.name();
-    if args.json {
-        ui.json(&verdict)?;
-    } else {
+    let mut out = serde_json::to_value(&verdict)?;
+    if !args.json {
         ui.data(text(ui, &verdict));
     }
     if !verdict.passed {
+        if args.json {
+            ui.json(&out)?;
+        }
         return Err(Failure::run("this build does not compute what Hugging Face computes")
             .hint("run `lapidary doctor`; if nothing is off there, this is a fault of Lapidary or of the engine"));
     }
-    ui.say(format!("\ndone in {}", seconds(start.elapsed())));
-    step(4, "Next");
+
+    step(4, "Training, from random weights, on a language whose entropy is known");
+    let (trained, training) = learn(ui, &runtime, &dir)?;
+    step(5, "The trained checkpoint, to MaxText and back");
+    let conversion = there_and_back(ui, &trained, &dir)?;
+    step(6, "Sentences of the trained model");
+    let samples = sample(ui, &runtime, &trained)?;
+    let took = start.elapsed();
+    ui.say(format!("\ndone in {}", seconds(took)));
+    if args.json {
+        for (key, value) in [("training", training), ("conversion", conversion), ("samples", samples)] {
+            out[key] = value;
+        }
+        out["seconds"] = json!(took.as_secs_f64());
+        ui.json(&out)?;
+    }
+    step(7, "Next");
     ui.say(
         "lapidary verify MODEL --golden FILE     the same for your checkpoint (scripts/golden_from_hf.py makes FILE)",
     );
-    ui.say("lapidary verify A --against B           two checkpoints, no golden file");
+    ui.say("lapidary train key=value ...            your data, your model; keys are MaxText's");
+    ui.say("lapidary convert SRC DST --to maxtext   or --to hf");
     ui.say("lapidary flops model_name=gemma4-e2b    exact FLOPs of a training step");
     ui.say("lapidary config explain KEY             every configuration key");
     Ok(Outcome::Yes)
+}
+
+/// Trains on the grammar: the checkpoint, and the figures.
+fn learn(ui: &Ui, runtime: &Runtime, dir: &Path) -> Result<(PathBuf, Value), Failure> {
+    let mut draws = grammar::Draws::new(SEED, "sentences");
+    let sentences: Vec<String> = (0..SENTENCES).map(|_| grammar::sentence(&mut draws)).collect();
+    let file = dir.join("sentences.txt");
+    fs_err::write(&file, sentences.join("\n"))?;
+    // A token a byte, and one for the end.
+    let tokens: usize = sentences.iter().map(|s| s.len() + 1).sum();
+    let entropy = grammar::SENTENCE_NATS * SENTENCES as f64 / tokens as f64;
+    ui.say(format!("{}: {SENTENCES} sentences such as \"{}\"", file.display(), sentences[0]));
+    ui.say(format!("entropy: {entropy:.3} nats a token; no model can do better on text it has not seen"));
+
+    let run = dir.join("quickstart-run");
+    if run.exists() {
+        // Of an earlier `--keep`; the name is ours. A run would be continued otherwise.
+        fs_err::remove_dir_all(&run)?;
+    }
+    let config = training_config(&file, dir)?;
+    let clock = Instant::now();
+    let (mut losses, mut compile) = (Vec::new(), 0.0);
+    let mut tell = |event: Event<'_>| match event {
+        Event::Status(what) => ui.say(what),
+        Event::Compiled(c) => {
+            compile = c.time.as_secs_f64();
+            ui.say(format!("{} in {}", if c.cached { "loaded from the cache" } else { "compiled" }, seconds(c.time)));
+        }
+        Event::Step(m) => {
+            losses.push((m.lm_loss, m.total_weights as f64));
+            let done = m.step + 1;
+            if done == 1 || done.is_multiple_of(STEPS / 6) {
+                ui.say(format!("step {done:>4}  loss {:.3}", m.lm_loss));
+            }
+        }
+        Event::Warning(what) => ui.say(format!("warning: {what}")),
+        _ => {}
+    };
+    let report = train(runtime, &config, TrainOptions::default(), &mut tell).map_err(super::train::explain)?;
+    let took = clock.elapsed();
+    let last = &losses[losses.len().saturating_sub(LAST as usize)..];
+    let (sum, weight) = last.iter().fold((0.0, 0.0), |(s, w), (loss, n)| (s + loss * n, w + n));
+    let loss = sum / weight;
+    let off = loss / entropy - 1.0;
+    let good = off.abs() <= MARGIN;
+    ui.say(format!(
+        "{}  loss of the last {LAST} steps {loss:.3}, entropy {entropy:.3}: {:+.1} % (allowed: {:.0} %), in {}",
+        ui.verdict(good),
+        100.0 * off,
+        100.0 * MARGIN,
+        seconds(took)
+    ));
+    if !good {
+        return Err(Failure::run(format!("the loss {loss:.3} did not come near the entropy {entropy:.3}")));
+    }
+    let checkpoint = report.checkpoint.ok_or_else(|| Failure::run("the run left no checkpoint"))?;
+    let first = losses.first().map(|l| l.0);
+    let figures = json!({
+        "steps": report.step, "first_loss": first, "loss": loss, "entropy": entropy, "margin": MARGIN,
+        "compile_seconds": compile, "seconds": took.as_secs_f64(), "checkpoint": checkpoint,
+    });
+    Ok((checkpoint, figures))
+}
+
+/// What a user would write behind `lapidary train`. The environment has no say: the outcome is stated.
+fn training_config(file: &Path, dir: &Path) -> Result<Config, Failure> {
+    let path = |p: &Path| serde_json::to_string(&p.to_string_lossy());
+    let words = [
+        "model_name=tiny-e2b".to_owned(),
+        "tokenizer_path=bytes".to_owned(),
+        "dataset_type=hf".to_owned(),
+        "hf_path=text".to_owned(),
+        format!("hf_train_files={}", path(file)?),
+        format!("base_output_directory={}", path(dir)?),
+        "run_name=quickstart-run".to_owned(),
+        format!("steps={STEPS}"),
+        "max_target_length=128".to_owned(),
+        "per_device_batch_size=8".to_owned(),
+        "dtype=float32".to_owned(),
+        "learning_rate=3e-3".to_owned(),
+        "warmup_steps_fraction=0.1".to_owned(),
+        "save_checkpoint_on_start=false".to_owned(),
+    ];
+    Sources::from_args(words).resolve().map_err(Failure::run)
+}
+
+/// Converts to MaxText and back, and compares bits.
+fn there_and_back(ui: &Ui, trained: &Path, dir: &Path) -> Result<Value, Failure> {
+    let clock = Instant::now();
+    let write = |source: &Weights, target: &Path, to| -> Result<PathBuf, Failure> {
+        let settings = Settings { to, ..Settings::default() };
+        let options = CopyOptions { force: true, ..CopyOptions::default() };
+        let report = plan(source, None, target, &settings)?.run(&options, &|_| ControlFlow::Continue(()))?;
+        ui.say(format!("{}: {} tensors, {}", report.path.display(), report.tensors, bytes(report.bytes)));
+        Ok(report.path)
+    };
+    let source = Weights::open(trained, &Hints::default())?;
+    let maxtext = write(&source, &dir.join("trained-maxtext"), Convention::Maxtext)?;
+    let maxtext = Weights::open(&maxtext, &Hints::default())?;
+    let back = write(&maxtext, &dir.join("trained-back"), Convention::Hf)?;
+    let back = Weights::open(&back, &Hints::default())?;
+    let report = diff(Sides::Models { a: &source, b: &back, text_only: true }, &|_| {})?;
+    ui.say(format!(
+        "{}  {} tensors compared, {} differ, in {}",
+        ui.verdict(report.equal),
+        report.compared,
+        report.differences.len(),
+        seconds(clock.elapsed())
+    ));
+    if !report.equal {
+        return Err(Failure::run("the checkpoint that came back is not the one that went"));
+    }
+    Ok(json!({ "equal": report.equal, "compared": report.compared, "seconds": clock.elapsed().as_secs_f64() }))
+}
+
+/// Numbers of the tokenizer `bytes`.
+const START: i32 = 2;
+const END: i32 = 1;
+const FIRST_BYTE: i32 = 4;
+
+/// Samples sentences and asks the grammar.
+fn sample(ui: &Ui, runtime: &Runtime, trained: &Path) -> Result<Value, Failure> {
+    let clock = Instant::now();
+    let session = Session::new(runtime, Arc::new(Model::open(trained)?), DType::F32)?;
+    let mut ids = vec![0; SAMPLES * ROOM];
+    let mut ended = [false; SAMPLES];
+    ids.iter_mut().step_by(ROOM).for_each(|id| *id = START);
+    let mut draws = grammar::Draws::new(SEED, "samples");
+    // Every token runs the whole sequence again. What lies behind a position is not seen by it.
+    for t in 1..ROOM {
+        let batch = Batch { batch: SAMPLES, seq: ROOM, ids: ids.clone(), segments: None };
+        let last = session.forward(&batch, Trace::None)?.last;
+        let rows: Vec<usize> = (0..SAMPLES).map(|i| i * ROOM + t - 1).collect();
+        let vocab = session.model().arch().vocab_size();
+        session.logits(&last, &rows, |_, logits| {
+            for (i, row) in logits.chunks_exact(vocab).enumerate() {
+                let id = choose(row, draws.unit());
+                ended[i] |= id == END;
+                ids[i * ROOM + t] = if ended[i] { END } else { id };
+            }
+            Ok(())
+        })?;
+        if ended.iter().all(|&e| e) {
+            break;
+        }
+    }
+    let texts: Vec<String> = ids
+        .chunks_exact(ROOM)
+        .map(|row| {
+            let text: Vec<u8> = row[1..]
+                .iter()
+                .take_while(|&&id| id != END)
+                .map(|&id| u8::try_from(id - FIRST_BYTE).unwrap_or(b'?'))
+                .collect();
+            String::from_utf8_lossy(&text).into_owned()
+        })
+        .collect();
+    let valid = texts.iter().zip(ended).filter(|(t, ended)| *ended && grammar::accepts(t)).count();
+    for text in texts.iter().take(4) {
+        ui.say(format!("  {text}"));
+    }
+    let good = valid >= NEEDED;
+    ui.say(format!(
+        "{}  {valid} of {SAMPLES} sentences obey the grammar (needed: {NEEDED}), in {}",
+        ui.verdict(good),
+        seconds(clock.elapsed())
+    ));
+    if !good {
+        return Err(Failure::run(format!("only {valid} of {SAMPLES} sampled sentences obey the grammar: {texts:#?}")));
+    }
+    Ok(json!({
+        "valid": valid, "of": SAMPLES, "temperature": TEMPERATURE, "texts": texts,
+        "seconds": clock.elapsed().as_secs_f64(),
+    }))
+}
+
+/// A token by its probability, for a number from 0 to below 1.
+fn choose(logits: &[f32], u: f64) -> i32 {
+    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weights: Vec<f64> = logits.iter().map(|&x| (f64::from(x - top) / TEMPERATURE).exp()).collect();
+    let mut left = u * weights.iter().sum::<f64>();
+    let at = weights.iter().position(|w| {
+        left -= w;
+        left < 0.0
+    });
+    i32::try_from(at.unwrap_or(weights.len() - 1)).unwrap_or(END)
 }

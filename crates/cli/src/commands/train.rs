@@ -115,7 +115,7 @@ fn say_end(ui: &Ui, args: &Args, report: &TrainReport) -> CommandResult {
 }
 
 /// The error as a person wants it: configuration is usage.
-fn explain(e: TrainError) -> Failure {
+pub(super) fn explain(e: TrainError) -> Failure {
     match e {
         TrainError::Key { key, .. } => {
             Failure::usage(&e).hint(format!("`lapidary config explain {key}` tells what it does"))

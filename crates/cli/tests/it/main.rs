@@ -10,6 +10,7 @@ mod doctor;
 mod flops;
 mod plugin;
 mod report;
+mod train;
 mod verify;
 mod verify_maxtext;
 

@@ -244,12 +244,15 @@ fn init_is_reproducible_and_loads() {
 }
 
 #[test]
-fn quickstart_proves_the_engine() {
+fn quickstart_proves_trains_and_samples() {
     let o = lapidary(&["quickstart", "--json"]);
     assert_eq!(o.status.code(), Some(0), "{}", stderr(&o));
     let v = json(&o);
     assert_eq!(v["passed"], true);
     assert!(v["trace"].as_array().unwrap().len() >= 12);
+    assert!(v["training"]["loss"].as_f64().unwrap() < v["training"]["first_loss"].as_f64().unwrap() / 10.0, "{v:#}");
+    assert_eq!(v["conversion"]["equal"], true);
+    assert!(v["samples"]["valid"].as_u64().unwrap() >= 12, "{v:#}");
 }
 
 fn copy_dir(from: &Path, to: &Path) {
