@@ -47,9 +47,9 @@ fn filters() {
 #[test]
 fn all_problems_at_once() {
     let words =
-        ["config", "show", "model_name=gemma4-e2b", "steps=x", "learning_rat=1", "scan_layers=true", "emb_dim=3"];
+        ["config", "show", "model_name=gemma4-e2b", "steps=x", "learning_rat=1", "use_multimodal=true", "emb_dim=3"];
     let run = lapidary(&words).exits(2);
-    for part in ["has 4 problems", "`x` is not a whole number", "`learning_rate`", "scan_layers", "base_emb_dim"] {
+    for part in ["has 4 problems", "`x` is not a whole number", "`learning_rate`", "use_multimodal", "base_emb_dim"] {
         assert!(run.stderr.contains(part), "{part}\n{}", run.stderr);
     }
     assert!(run.stdout.is_empty(), "{}", run.stdout);

@@ -88,12 +88,16 @@ fn a_bfloat16_table_computes_what_its_export_computes() {
         let (mt, hf) = (tmp.path().join("mt"), tmp.path().join("hf"));
         convert(&case, &mt, &["--embedding-dtype", "bfloat16"]);
         lapidary(&["convert", text(&mt), text(&hf), "--to", "hf"]).exits(0);
-        let tolerance = ["--max-kl-div", "0.1"];
+        // The verdict of interest is that both agree; how far they are from the golden is judged below.
+        let tolerance = ["--max-kl-div", "10"];
         let (v, w) = (verify(&mt, &case, &tolerance).exits(0).json(), verify(&hf, &case, &tolerance).exits(0).json());
         assert_eq!(v["verdict"]["overall"], w["verdict"]["overall"], "{}", case.display());
-        let mean = v["verdict"]["overall"]["mean_kl"].as_f64().unwrap();
-        // A table that was scaled twice or not at all is off by more than 1.
-        assert!(mean < 5e-3, "{}: {mean}", case.display());
+        let mean = |v: &serde_json::Value| v["verdict"]["overall"]["mean_kl"].as_f64().unwrap();
+        // A table that was scaled twice or not at all is off by more than 1. Rounding one table must cost less than 5e-3, or, on a
+        // model that amplifies rounding more than that, less than rounding everything: bf16 arithmetic on the exact weights.
+        let source = case.join("model");
+        let rounded = verify(&source, &case, &["--max-kl-div", "1000", "--dtype", "bfloat16"]).exits(0).json();
+        assert!(mean(&v) < mean(&rounded).max(5e-3), "{}: {} against {}", case.display(), mean(&v), mean(&rounded));
     }
 }
 
