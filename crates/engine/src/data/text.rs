@@ -476,8 +476,8 @@ impl BatchSource for TextSource {
         self.standing = Standing { epoch: text.epoch, position: text.position };
         self.ahead.clear();
         self.batches = cursor.batches;
-        // What came before in this epoch is not known; it may have been useful.
-        self.is_useful = true;
+        // What came before in this epoch is not known; it may have been useful. At its beginning nothing came before.
+        self.is_useful = text.position != 0;
         Ok(())
     }
 
