@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+pub(crate) use engine::metrics::summary::grouped;
+
 use crate::commands::Failure;
 
 /// How to talk.
@@ -113,19 +115,6 @@ pub(crate) fn seconds(d: Duration) -> String {
         s if s < 60.0 => format!("{s:.1} s"),
         s => format!("{} min {:02} s", (s / 60.0) as u64, (s % 60.0) as u64),
     }
-}
-
-/// A count with thin groups: `4,628,569,379`.
-pub(crate) fn grouped(n: u64) -> String {
-    let digits = n.to_string();
-    let mut out = String::with_capacity(digits.len() + digits.len() / 3);
-    for (i, c) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(c);
-    }
-    out
 }
 
 #[cfg(test)]

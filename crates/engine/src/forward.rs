@@ -326,8 +326,8 @@ fn place(runtime: &Runtime, model: &Model, name: &str, dtype: DType) -> Result<(
     Ok((buffer, Placement::Copied))
 }
 
-/// Converts floats to `to`, rounding to nearest even.
-fn narrow(from: DType, bytes: &[u8], shape: Shape, to: DType) -> Result<HostArray> {
+/// Converts floats to `to`, bf16 or f32, rounding to nearest even.
+pub(crate) fn narrow(from: DType, bytes: &[u8], shape: Shape, to: DType) -> Result<HostArray> {
     // Files align nothing, so elements are read byte by byte.
     let widen: fn(&[u8]) -> f32 = match from {
         DType::F32 => |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]),

@@ -8,8 +8,26 @@ use tensor::{DType, HostArray};
 use crate::convert::{Checkpoint, Convention, Param};
 use crate::{EngineError, Model, Result};
 
-/// A matrix `[rows, columns]` on the host, of which rows are gathered. It lies in mapped files, so that what is not
-/// looked up takes no memory.
+/// Part of a table.
+#[derive(Debug)]
+enum Tile {
+    /// In a mapped file.
+    Mapped(MappedBytes),
+    /// In memory.
+    Held(HostArray),
+}
+
+impl Tile {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Tile::Mapped(bytes) => bytes.as_slice(),
+            Tile::Held(array) => array.bytes(),
+        }
+    }
+}
+
+/// A matrix `[rows, columns]` on the host, of which rows are gathered. That of a checkpoint lies in mapped files, so that
+/// what is not looked up takes no memory.
 #[derive(Debug)]
 pub struct RowTable {
     dtype: DType,
@@ -18,7 +36,7 @@ pub struct RowTable {
     /// Extent of a tile; those at the edge are smaller.
     tile: [usize; 2],
     /// Row-major; each dense.
-    tiles: Vec<MappedBytes>,
+    tiles: Vec<Tile>,
     spooled: u64,
 }
 
@@ -43,7 +61,7 @@ impl RowTable {
             rows,
             columns,
             tile: [rows.max(1), columns.max(1)],
-            tiles: vec![bytes],
+            tiles: vec![Tile::Mapped(bytes)],
             spooled,
         };
         let mut table = match &weights.checkpoint {
@@ -52,7 +70,10 @@ impl RowTable {
                 let plain = param.dtype == param.hf_dtype
                     && weights.op(&param.spec, Convention::Hf) == checkpoint::copy::Op::Copy;
                 let found = if plain { chunks(c, param, [rows, columns])? } else { None };
-                found.map(|(tile, tiles)| RowTable { dtype: param.hf_dtype, rows, columns, tile, tiles, spooled: 0 })
+                found.map(|(tile, tiles)| {
+                    let tiles = tiles.into_iter().map(Tile::Mapped).collect();
+                    RowTable { dtype: param.hf_dtype, rows, columns, tile, tiles, spooled: 0 }
+                })
             }
         };
         let table = match table.take() {
@@ -64,9 +85,32 @@ impl RowTable {
         };
         for tile in &table.tiles {
             // Rows are looked up all over the table: reading ahead would only fill memory.
-            tile.advise_random();
+            if let Tile::Mapped(bytes) = tile {
+                bytes.advise_random();
+            }
         }
         Ok(table)
+    }
+
+    /// A table that is in memory and nowhere else.
+    ///
+    /// # Errors
+    /// When the array does not have two dimensions.
+    pub fn in_memory(array: HostArray) -> Result<Self> {
+        let &[rows, columns] = array.shape().dims() else {
+            return Err(EngineError::Input(format!("an array of shape {} has no rows", array.shape())));
+        };
+        let (dtype, tile) = (array.dtype(), [rows.max(1), columns.max(1)]);
+        Ok(RowTable { dtype, rows, columns, tile, tiles: vec![Tile::Held(array)], spooled: 0 })
+    }
+
+    /// All rows.
+    ///
+    /// # Errors
+    /// When there are more than ids can number.
+    pub fn whole(&self) -> Result<HostArray> {
+        let rows = i32::try_from(self.rows).map_err(|_| EngineError::Input(format!("{} rows", self.rows)))?;
+        self.gather(&(0..rows).collect::<Vec<_>>(), [self.rows, self.columns])
     }
 
     /// Element type.
@@ -105,7 +149,7 @@ impl RowTable {
             let (first, within) = (id / self.tile[0] * across, id % self.tile[0]);
             for (t, part) in row.chunks_mut(self.tile[1] * size).enumerate() {
                 let at = within * part.len();
-                let source = self.tiles.get(first + t).and_then(|b| b.as_slice().get(at..at + part.len()));
+                let source = self.tiles.get(first + t).and_then(|b| b.bytes().get(at..at + part.len()));
                 part.copy_from_slice(source.ok_or_else(outside)?);
             }
         }
@@ -209,6 +253,10 @@ mod tests {
         let view = want.mapped(EMBED_TOKENS_PER_LAYER).unwrap();
         let width = rows.columns() * view.dtype.size();
         assert_eq!(gathered.bytes()[width..2 * width], view.bytes[16383 * width..]);
+        let held = RowTable::in_memory(want.read(EMBED_TOKENS_PER_LAYER).unwrap()).unwrap();
+        assert!(held.gather(&ids, shape).unwrap().bytes() == gathered.bytes());
+        assert!(held.whole().unwrap().bytes() == rows.whole().unwrap().bytes());
+        assert!(RowTable::in_memory(want.read("norm.weight").unwrap()).is_err());
         for (name, options, in_place) in [
             ("plain", OrbaxOptions::default(), true),
             ("zstd", zstd, false),

@@ -5,21 +5,15 @@
 
 #![allow(clippy::print_stdout, unsafe_code)]
 
+mod support;
+
 use std::time::Instant;
 
 use lapidary_pjrt::plugins::LocateOptions;
 use lapidary_pjrt::{Buffer, Client, ClientOptions, CompileOptions, OptionValue, Plugin, tune_allocator};
 use tensor::{DType, HostArray};
 
-fn processor_seconds() -> f64 {
-    // SAFETY: the struct is plain numbers, and the call fills it in.
-    let usage = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        libc::getrusage(libc::RUSAGE_SELF, &raw mut usage);
-        usage
-    };
-    [usage.ru_utime, usage.ru_stime].iter().map(|t| t.tv_sec as f64 + t.tv_usec as f64 * 1e-6).sum()
-}
+use support::processor_seconds;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     tune_allocator();

@@ -188,7 +188,6 @@ fn learn(ui: &Ui, runtime: &Runtime, dir: &Path) -> Result<(PathBuf, Value), Fai
                 ui.say(format!("step {done:>4}  loss {:.3}", m.lm_loss));
             }
         }
-        Event::Warning(what) => ui.say(format!("warning: {what}")),
         _ => {}
     };
     let report = train(runtime, &config, TrainOptions::default(), &mut tell).map_err(super::train::explain)?;

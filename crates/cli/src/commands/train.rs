@@ -84,7 +84,6 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
             Event::Saved { step, path, paused } => {
                 ui.say(format!("checkpoint after {step} steps: {} (paused {})", path.display(), seconds(paused)));
             }
-            Event::Warning(text) => ui.say(format!("warning: {text}")),
             _ => {}
         }
     };

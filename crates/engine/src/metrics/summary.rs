@@ -181,7 +181,9 @@ fn gigabytes(bytes: u64) -> String {
     }
 }
 
-fn grouped(n: u64) -> String {
+/// A count with thin groups: `4,628,569,379`.
+#[must_use]
+pub fn grouped(n: u64) -> String {
     let digits = n.to_string();
     let mut out = String::new();
     for (i, c) in digits.chars().enumerate() {

@@ -1,6 +1,5 @@
 //! The state of a run on a device: parameters, moments, programs.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use gemma4::layout::Slot;
@@ -13,6 +12,8 @@ use super::TrainError;
 use super::plan::Plan;
 use super::step::{PerLayerTable, Scalars, StepOptions, StepSums, eval_program, step_program};
 use crate::data::TokenBatch;
+use crate::forward::narrow;
+use crate::rows::RowTable;
 use crate::runtime::{Compiled, Runtime};
 use crate::{EngineError, Model};
 
@@ -21,22 +22,17 @@ type Result<T> = std::result::Result<T, TrainError>;
 /// Where parameters come from: by Hugging Face name, in its shape, in any float dtype.
 pub(crate) type Source<'a> = dyn Fn(&str) -> Result<HostArray> + Sync + 'a;
 
-/// A per-layer table that stays on the host.
-enum HostTable {
-    /// In place in a mapped file.
-    Mapped(Arc<Model>),
-    /// In memory.
-    Owned(HostArray),
-}
-
 /// A run's arrays on a device and the programs that change them.
 pub struct Device<'r> {
     runtime: &'r Runtime,
     plan: Plan,
     params: Vec<Buffer>,
+    /// Which of them are trained.
+    trained: Vec<bool>,
     /// First moments of the trained slots, then second ones, as far as the optimizer has them.
     moments: Vec<Buffer>,
-    table: Option<HostTable>,
+    /// The per-layer table, where it stays on the host.
+    table: Option<RowTable>,
     step: Executable,
     eval: Option<Executable>,
 }
@@ -65,7 +61,7 @@ impl<'r> Device<'r> {
         plan: Plan,
         source: &Source<'_>,
         moments: Option<&Source<'_>>,
-        model: Option<&Arc<Model>>,
+        model: Option<&Model>,
     ) -> Result<(Self, CompileReport)> {
         let start = std::time::Instant::now();
         let program = step_program(&plan.arch, &plan.layout, &plan.step, &|s| plan.role(s))?;
@@ -89,25 +85,13 @@ impl<'r> Device<'r> {
                 buffers.push(client.buffer_from_owned(host, 0)?.0);
             }
         }
-        let table = match (plan.step.per_layer, plan.arch.per_layer_input()) {
-            (PerLayerTable::Host(_), Some(_)) => Some(match model {
-                Some(m) if m.mapped(EMBED_TOKENS_PER_LAYER).is_some() => {
-                    if let Some(view) = m.mapped(EMBED_TOKENS_PER_LAYER) {
-                        view.bytes.advise_random();
-                    }
-                    HostTable::Mapped(Arc::clone(m))
-                }
-                _ => HostTable::Owned(source(EMBED_TOKENS_PER_LAYER)?),
-            }),
+        let table = match (plan.step.per_layer, plan.arch.per_layer_input(), model) {
+            (PerLayerTable::Host(_), Some(_), Some(model)) => Some(RowTable::new(model, EMBED_TOKENS_PER_LAYER)?),
+            (PerLayerTable::Host(_), Some(_), None) => Some(RowTable::in_memory(source(EMBED_TOKENS_PER_LAYER)?)?),
             _ => None,
         };
-        Ok((Device { runtime, plan, params, moments: buffers, table, step: executable, eval: None }, report))
-    }
-
-    /// The plan it was made from.
-    #[must_use]
-    pub fn plan(&self) -> &Plan {
-        &self.plan
+        let trained = plan.slots().map(|s| plan.role(s).trained).collect();
+        Ok((Device { runtime, plan, params, trained, moments: buffers, table, step: executable, eval: None }, report))
     }
 
     /// Runs one step and waits for it. The batch holds the rows of all micro-batches.
@@ -119,8 +103,7 @@ impl<'r> Device<'r> {
         let mut outputs = self.step.execute(&arguments)?;
         let sums = outputs.pop().map(|b| b.to_host()).transpose()?;
         let mut outputs = outputs.into_iter();
-        let trained: Vec<bool> = self.plan.slots().map(|s| self.plan.role(s).trained).collect();
-        for (p, _) in self.params.iter_mut().zip(trained).filter(|(_, t)| *t) {
+        for (p, _) in self.params.iter_mut().zip(&self.trained).filter(|(_, t)| **t) {
             *p = outputs.next().ok_or_else(missing)?;
         }
         for m in &mut self.moments {
@@ -168,46 +151,20 @@ impl<'r> Device<'r> {
         }
         if let (PerLayerTable::Host(dtype), Some(p)) = (options.per_layer, self.plan.arch.per_layer_input()) {
             let width = self.plan.arch.layers().len() * p.width;
-            let rows = self.rows(&order(&batch.inputs), width, dtype)?;
             let shape = [shape.dims(), &[width]].concat();
-            buffers.push(client.buffer_from_owned(HostArray::from_bytes(dtype, shape, &rows)?, 0)?.0);
+            let rows = self.table()?.gather(&order(&batch.inputs), shape)?;
+            buffers.push(client.buffer_from_owned(convert(rows, dtype)?, 0)?.0);
         }
         Ok(buffers)
     }
 
-    /// Rows of the per-layer table for token ids, converted.
-    fn rows(&self, ids: &[i32], width: usize, dtype: DType) -> Result<Vec<u8>> {
-        let view;
-        let (stored, bytes): (DType, &[u8]) = match self.table.as_ref().ok_or_else(missing)? {
-            HostTable::Mapped(m) => {
-                view = m.mapped(EMBED_TOKENS_PER_LAYER).ok_or_else(missing)?;
-                (view.dtype, &view.bytes)
-            }
-            HostTable::Owned(host) => (host.dtype(), host.bytes()),
-        };
-        let row = width * stored.size();
-        let mut gathered = Vec::with_capacity(ids.len() * row);
-        for &id in ids {
-            let at = usize::try_from(id).unwrap_or(usize::MAX).saturating_mul(row);
-            let Some(slice) = bytes.get(at..at.saturating_add(row)) else {
-                let message = format!("token id {id} is outside the per-layer table");
-                return Err(EngineError::Input(message).into());
-            };
-            gathered.extend_from_slice(slice);
-        }
-        if stored == dtype {
-            return Ok(gathered);
-        }
-        let host = HostArray::from_bytes(stored, [ids.len(), width], &gathered)?;
-        Ok(convert(host, dtype)?.bytes().to_vec())
+    fn table(&self) -> Result<&RowTable> {
+        self.table.as_ref().ok_or_else(missing)
     }
 
     /// The per-layer table that stays on the host, whole.
     pub(crate) fn host_table(&self) -> Result<HostArray> {
-        match self.table.as_ref().ok_or_else(missing)? {
-            HostTable::Mapped(m) => Ok(m.read(EMBED_TOKENS_PER_LAYER)?),
-            HostTable::Owned(host) => Ok(host.clone()),
-        }
+        Ok(self.table()?.whole()?)
     }
 
     /// Copies every trained parameter and moment to the host, one array a parameter of the model: names as in the parameter
@@ -215,15 +172,15 @@ impl<'r> Device<'r> {
     #[expect(clippy::type_complexity, reason = "two lists of named arrays")]
     pub(crate) fn snapshot(&self, all: bool) -> Result<(Vec<(String, HostArray)>, Vec<(String, HostArray)>)> {
         let mut params = Vec::new();
-        for (slot, buffer) in self.plan.slots().zip(&self.params) {
-            if all || self.plan.role(slot).trained {
+        for ((slot, buffer), &trained) in self.plan.slots().zip(&self.params).zip(&self.trained) {
+            if all || trained {
                 unstack(slot, &buffer.to_host()?, "", &mut params)?;
             }
         }
         let mut moments = Vec::new();
         let mut buffers = self.moments.iter();
         for (prefix, _) in self.plan.step.update.moment_dtypes() {
-            for slot in self.plan.slots().filter(|s| self.plan.role(s).trained) {
+            for (slot, _) in self.plan.slots().zip(&self.trained).filter(|(_, t)| **t) {
                 unstack(slot, &buffers.next().ok_or_else(missing)?.to_host()?, prefix, &mut moments)?;
             }
         }
@@ -285,20 +242,11 @@ fn unstack(slot: &Slot, host: &HostArray, prefix: &str, into: &mut Vec<(String, 
 
 /// The same values in another float dtype.
 pub(crate) fn convert(host: HostArray, dtype: DType) -> Result<HostArray> {
-    use half::bf16;
-    if host.dtype() == dtype {
-        return Ok(host);
+    match (host.dtype(), dtype) {
+        (from, to) if from == to => Ok(host),
+        (DType::F32 | DType::BF16 | DType::F16, DType::F32 | DType::BF16) => {
+            Ok(narrow(host.dtype(), host.bytes(), host.shape().clone(), dtype)?)
+        }
+        _ => Ok(HostArray::from_f64(dtype, host.shape().clone(), &host.to_f64())?),
     }
-    let shape = host.shape().clone();
-    Ok(match (host.dtype(), dtype) {
-        (DType::BF16, DType::F32) => {
-            let v: Vec<f32> = host.as_slice::<bf16>()?.iter().map(|x| x.to_f32()).collect();
-            HostArray::from_slice(shape, &v)?
-        }
-        (DType::F32, DType::BF16) => {
-            let v: Vec<bf16> = host.as_slice::<f32>()?.iter().map(|x| bf16::from_f32(*x)).collect();
-            HostArray::from_slice(shape, &v)?
-        }
-        _ => HostArray::from_f64(dtype, shape, &host.to_f64())?,
-    })
 }

@@ -109,19 +109,19 @@ pub(super) fn check_identity(state: &TrainerState, now: &BTreeMap<String, serde_
 pub(super) fn peak_rate(runtime: &Runtime, plan: &Plan) -> Option<f64> {
     let dtype = plan.step.loss.dtype;
     let kind = runtime.client().devices().first().map(|d| d.kind.clone()).unwrap_or_default();
-    let listed = peak::DEVICES.iter().find(|d| d.kinds.iter().any(|k| *k == kind));
-    match listed.and_then(|d| d.flops_per_second(dtype.name())) {
+    match peak::find(&kind).and_then(|d| d.flops_per_second(dtype.name())) {
         Some(rate) => Some(rate),
         None => peak::measure(runtime, dtype).ok().map(|m| m.best_flops_per_second()),
     }
 }
 
-pub(super) fn summary(plan: &Plan, config: &Config, peak: Option<f64>) -> String {
+pub(super) fn summary(plan: &Plan, config: &Config) -> String {
     render(&Summary {
         model: &config.model.name,
         parameters: plan.counts,
         flops: &plan.flops,
-        peak_flops: peak,
+        // Measured after the first step, see `peak_rate`.
+        peak_flops: None,
         devices: 1,
         memory: &plan.memory(),
         memory_limit: metrics::memory::machine().map(|m| m.total),

@@ -228,9 +228,7 @@ impl Builder<'_> {
         };
         let n = self.options.accumulation;
         if n == 1 {
-            let batch: Vec<Value> =
-                inputs.batch.iter().map(|&b| g.reshape(b, g.dims(b)[1..].to_vec())).collect::<Result<_>>()?;
-            return micro(g, &inputs.params, &batch);
+            return micro(g, &inputs.params, &only(g, &inputs.batch)?);
         }
         let zero = g.scalar(DType::F32, 0.0)?;
         let mut carry = vec![zero; 3];
@@ -281,9 +279,7 @@ pub fn step_program(
     let (sums, grads) = b.gradients(&inputs, &trained)?;
 
     let scope = g.scope("optimizer");
-    // The mean: a batch without targets has no gradient.
-    let one = g.scalar(DType::F32, 1.0)?;
-    let mean = g.div(one, g.max(sums.weight, one)?)?;
+    let mean = per_target(&g, &sums)?;
     let squares: Vec<Value> = grads.iter().map(|&v| sum_of_squares(&g, v)).collect::<Result<_>>()?;
     let square = g.mul(total(&g, &squares)?, g.mul(mean, mean)?)?;
     let factor = options.update.clip(&g, g.sqrt(square)?)?;
@@ -333,8 +329,7 @@ pub fn gradient_program(
     let inputs = b.inputs(options.accumulation)?;
     let slots: Vec<&Slot> = b.slots().filter(|s| role(s).trained).collect();
     let (sums, grads) = b.gradients(&inputs, &slots)?;
-    let one = g.scalar(DType::F32, 1.0)?;
-    let mean = g.div(one, g.max(sums.weight, one)?)?;
+    let mean = per_target(&g, &sums)?;
     for (slot, &grad) in slots.iter().zip(&grads) {
         g.output(&format!("{}{}", names::GRAD, slot.name), g.mul_bcast(grad, mean)?)?;
     }
@@ -356,12 +351,21 @@ pub fn eval_program(
     let g = Graph::new("eval");
     let b = Builder { g: &g, arch, layout, options, role };
     let inputs = b.inputs(1)?;
-    let batch: Vec<Value> =
-        inputs.batch.iter().map(|&v| g.reshape(v, g.dims(v)[1..].to_vec())).collect::<Result<_>>()?;
-    let sums = b.sums(&g, &inputs.params, &batch, HeadGradient::None)?;
+    let sums = b.sums(&g, &inputs.params, &only(&g, &inputs.batch)?, HeadGradient::None)?;
     let zero = g.scalar(DType::F32, 0.0)?;
     output_sums(&g, &[sums.total, sums.z, sums.weight, zero, zero])?;
     g.finish()
+}
+
+/// The fields of the only micro-batch.
+fn only(g: &Graph, batch: &[Value]) -> Result<Vec<Value>> {
+    batch.iter().map(|&v| g.reshape(v, g.dims(v)[1..].to_vec())).collect()
+}
+
+/// What makes a sum over targets their mean: a batch without targets has no gradient.
+fn per_target(g: &Graph, sums: &LossSums) -> Result<Value> {
+    let one = g.scalar(DType::F32, 1.0)?;
+    g.div(one, g.max(sums.weight, one)?)
 }
 
 fn total(g: &Graph, values: &[Value]) -> Result<Value> {

@@ -65,8 +65,6 @@ pub enum Event<'a> {
         /// How long the run stood still for it.
         paused: Duration,
     },
-    /// Something to know.
-    Warning(&'a str),
 }
 
 /// What a run is given besides its configuration.
@@ -128,14 +126,14 @@ pub fn train(
     let run_name = run_name(config);
     let run_dir = config.output.base_output_directory.join(&run_name);
     let load = &config.checkpoint.load_parameters_path;
-    let given = if load.is_empty() { None } else { Some(Arc::new(Model::open(Path::new(load))?)) };
-    let arch = architecture(config, given.as_deref())?;
+    let given = if load.is_empty() { None } else { Some(Model::open(Path::new(load))?) };
+    let arch = architecture(config, given.as_ref())?;
     let plan = Plan::new(config, arch)?;
 
     // Where the run stands.
     let checkpoints = run_dir.join("checkpoints");
     let store = match config.checkpoint.enable {
-        true => Some(Arc::new(Store::open(&checkpoints, store_options(config, &plan, given.as_deref()))?)),
+        true => Some(Arc::new(Store::open(&checkpoints, store_options(config, &plan, given.as_ref()))?)),
         false => None,
     };
     let latest = store.as_ref().map(|s| s.latest()).transpose()?.flatten();
@@ -153,7 +151,7 @@ pub fn train(
         events(Event::Resumed { step: start, path: l.model_dir() });
     }
 
-    events(Event::Summary(&summary(&plan, config, None)));
+    events(Event::Summary(&summary(&plan, config)));
 
     // Data before the compiler: its mistakes show at once.
     let rows = plan.step.rows * plan.step.accumulation;
@@ -407,7 +405,7 @@ fn place<'r>(
     runtime: &'r Runtime,
     config: &Config,
     plan: &Plan,
-    given: Option<&Arc<Model>>,
+    given: Option<&Model>,
     loaded: Option<&Loaded>,
 ) -> Result<(Device<'r>, CompileReport)> {
     let table = param_table(&plan.arch);
@@ -435,8 +433,7 @@ fn place<'r>(
         Some(l) => {
             let source = |name: &str| -> Result<HostArray> { Ok(l.param(name)?) };
             let moments = |name: &str| -> Result<HostArray> { Ok(l.moment(name)?) };
-            let own = Arc::new(Model::open(l.model_dir())?);
-            Device::new(runtime, plan.clone(), &source, Some(&moments as &Source<'_>), Some(&own))
+            Device::new(runtime, plan.clone(), &source, Some(&moments as &Source<'_>), Some(l.model()))
         }
         None => Device::new(runtime, plan.clone(), &from_model, None, given),
     }
