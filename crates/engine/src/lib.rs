@@ -7,6 +7,7 @@ pub mod convert;
 pub mod data;
 pub mod error;
 pub mod forward;
+pub mod generate;
 pub mod golden;
 pub mod init;
 pub mod known;
