@@ -5,7 +5,7 @@ use tensor::DType;
 
 use crate::arch::{Layer, LayerKind};
 use crate::layer::names;
-use crate::nn::{Angles, Result, masked_softmax, project, rms_norm, wide};
+use crate::nn::{Angles, Result, masked_softmax, rms_norm, wide};
 
 /// Query positions of one block of a full layer. A full layer goes through its queries block by block, so that its scores
 /// never take more than `heads x FULL_BLOCK x S` floats.
@@ -20,21 +20,13 @@ pub(crate) struct KeyValues {
     pub(crate) values: Value,
 }
 
-/// Weights of one layer's attention, in the activation dtype or narrower; norms in any float dtype.
+/// Where queries and keys stand in their sequences, where that is not 0, 1, 2, ...
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct AttentionWeights {
-    pub(crate) q_proj: Value,
-    pub(crate) q_norm: Value,
-    pub(crate) o_proj: Value,
-}
-
-/// Projections of a layer that owns keys and values.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct OwnWeights {
-    pub(crate) k_proj: Value,
-    pub(crate) k_norm: Value,
-    /// Absent where values are the key projection.
-    pub(crate) v_proj: Option<Value>,
+pub(crate) struct KeyPositions {
+    /// `[b, t]` i32.
+    pub(crate) queries: Value,
+    /// `[b, s]` i32; negative where there is no key.
+    pub(crate) keys: Value,
 }
 
 /// What attention needs to know besides its layer.
@@ -42,6 +34,8 @@ pub(crate) struct OwnWeights {
 pub(crate) struct Sequence {
     /// `[b, t]` i32: only positions of the same segment see each other. Absent: one segment.
     pub(crate) segments: Option<Value>,
+    /// Given where keys are not those of the queries' own positions; then there are no segments.
+    pub(crate) at: Option<KeyPositions>,
     pub(crate) eps: f64,
     pub(crate) window: usize,
     pub(crate) heads: usize,
@@ -63,64 +57,81 @@ fn split_heads(g: &Graph, x: Value, heads: usize) -> Result<Value> {
     g.reshape(x, [d[0], d[1], heads, d[2] / heads])
 }
 
-/// The layer's own keys and values of `a` `[b, t, d]`, and their unrotated forms for tracing.
+/// A layer's own keys and values from their projections `[b, t, k * e]`, and their unrotated forms for tracing. Without a
+/// value projection, values are the key projection.
 pub(crate) fn own_key_values(
     g: &Graph,
     layer: &Layer,
-    a: Value,
-    w: &OwnWeights,
+    (k_raw, v_raw): (Value, Option<Value>),
+    k_norm: Value,
     angles: &Angles,
-    seq: &Sequence,
+    eps: f64,
 ) -> Result<(KeyValues, (Value, Value))> {
-    let k_raw = g.named(project(g, a, w.k_proj, seq.dtype)?, names::KEY_PROJ)?;
-    let k_raw = split_heads(g, k_raw, layer.kv_heads)?;
-    let v_raw = match w.v_proj {
-        Some(v) => {
-            let v_raw = g.named(project(g, a, v, seq.dtype)?, names::VALUE_PROJ)?;
-            split_heads(g, v_raw, layer.kv_heads)?
-        }
+    let k_raw = split_heads(g, g.named(k_raw, names::KEY_PROJ)?, layer.kv_heads)?;
+    let v_raw = match v_raw {
+        Some(v_raw) => split_heads(g, g.named(v_raw, names::VALUE_PROJ)?, layer.kv_heads)?,
         None => k_raw,
     };
-    let k = rms_norm(g, k_raw, Some(w.k_norm), seq.eps)?;
+    let k = rms_norm(g, k_raw, Some(k_norm), eps)?;
     // The value norm has no weight and values are not rotated.
-    let v = rms_norm(g, v_raw, None, seq.eps)?;
+    let v = rms_norm(g, v_raw, None, eps)?;
     let keys = g.transpose(angles.rotate(g, k)?, &[0, 2, 1, 3])?;
     let values = g.transpose(v, &[0, 2, 1, 3])?;
     Ok((KeyValues { keys, values }, (k, v)))
 }
 
-/// Attention of `a` `[b, t, d]` over `kv`; returns the output projection `[b, t, d]` and the queries before rotation.
+/// Attention of queries `q_raw` `[b, t, h * e]`, as projected, over `kv`; returns the heads' results `[b, t, h * e]` and the
+/// queries before rotation.
 pub(crate) fn attend(
     g: &Graph,
     layer: &Layer,
-    a: Value,
-    w: &AttentionWeights,
+    q_raw: Value,
+    q_norm: Value,
     kv: KeyValues,
     angles: &Angles,
     seq: &Sequence,
 ) -> Result<(Value, Value)> {
-    let dims = g.dims(a);
+    let dims = g.dims(q_raw);
     let (b, t) = (dims[0], dims[1]);
     let (k, e) = (layer.kv_heads, layer.head_dim);
     let (heads, group) = (seq.heads, seq.heads / k);
-    let q_raw = g.named(project(g, a, w.q_proj, seq.dtype)?, names::QUERY_PROJ)?;
-    let q = rms_norm(g, split_heads(g, q_raw, heads)?, Some(w.q_norm), seq.eps)?;
+    let q_raw = g.named(q_raw, names::QUERY_PROJ)?;
+    let q = rms_norm(g, split_heads(g, q_raw, heads)?, Some(q_norm), seq.eps)?;
     // [b, t, k, g, e] -> [b, k, t, g, e]: query head h uses key/value head h / g
     let q_btkge = g.reshape(angles.rotate(g, q)?, [b, t, k, group, e])?;
     let q_bktge = g.transpose(q_btkge, &[0, 2, 1, 3, 4])?;
-    let o_bktge = match layer.kind {
-        LayerKind::Sliding if t > seq.window => sliding(g, q_bktge, kv, seq)?,
-        _ if t > FULL_BLOCK && layer.kind == LayerKind::Full => full_blocks(g, q_bktge, kv, seq)?,
+    let window = (layer.kind == LayerKind::Sliding).then_some(seq.window);
+    let o_bktge = match (layer.kind, seq.at) {
+        (_, Some(at)) => at_positions(g, q_bktge, kv, at, window, seq)?,
+        (LayerKind::Sliding, None) if t > seq.window => sliding(g, q_bktge, kv, seq)?,
+        (LayerKind::Full, None) if t > FULL_BLOCK => full_blocks(g, q_bktge, kv, seq)?,
         _ => {
-            let window = (layer.kind == LayerKind::Sliding).then_some(seq.window);
             let first = g.iota(DType::I32, [t], 0)?;
             block(g, q_bktge, kv, Positions { queries: first, keys: first }, (seq.segments, seq.segments), window, seq)?
         }
     };
     let o_bthe = g.reshape(g.transpose(o_bktge, &[0, 2, 1, 3, 4])?, [b, t, heads * e])?;
-    let o_bthe = g.named(o_bthe, names::CONTEXT)?;
-    let out = g.named(project(g, o_bthe, w.o_proj, seq.dtype)?, names::OUT_PROJ)?;
-    Ok((out, q))
+    Ok((g.named(o_bthe, names::CONTEXT)?, q))
+}
+
+/// Attention where queries and keys say where they stand: over a cache, whose keys come in any order.
+fn at_positions(
+    g: &Graph,
+    q: Value,
+    kv: KeyValues,
+    at: KeyPositions,
+    window: Option<usize>,
+    seq: &Sequence,
+) -> Result<Value> {
+    let (b, t, s) = (g.dims(q)[0], g.dims(q)[2], g.dims(kv.keys)[2]);
+    let qi = g.reshape(at.queries, [b, 1, t, 1, 1])?;
+    let kj = g.reshape(at.keys, [b, 1, 1, 1, s])?;
+    let exists = g.compare(Compare::Ge, kj, g.full_like(kj, 0.0)?)?;
+    let mut allowed = g.and_bcast(g.compare_bcast(Compare::Le, kj, qi)?, exists)?;
+    if let Some(w) = window {
+        allowed = g.and(allowed, g.compare_bcast(Compare::Lt, qi, g.add_scalar(kj, w as f64)?)?)?;
+    }
+    masked_attention(g, q, kv, allowed, seq.dtype)
 }
 
 /// Row indices of queries and keys, each `[n]` i32, for the causal and window rules.
@@ -163,13 +174,8 @@ fn block_plain(
     seq: &Sequence,
 ) -> Result<Value> {
     let d = g.dims(q);
-    let (b, k, t, group, e) = (d[0], d[1], d[2], d[3], d[4]);
+    let (b, t) = (d[0], d[2]);
     let s = g.dims(kv.keys)[2];
-    let rows = g.reshape(q, [b, k, t * group, e])?;
-    let batch =
-        || DotDims { lhs_batch: vec![0, 1], rhs_batch: vec![0, 1], lhs_contract: vec![3], rhs_contract: vec![3] };
-    // Scores stay in f32 (f64) up to the softmax, also where activations are narrower.
-    let scores = g.reshape(g.dot_general(rows, kv.keys, batch(), wide(seq.dtype))?, [b, k, t, group, s])?;
     let qi = g.reshape(at.queries, [t, 1])?;
     let kj = g.reshape(at.keys, [1, s])?;
     let mut allowed = g.compare_bcast(Compare::Le, kj, qi)?;
@@ -184,10 +190,26 @@ fn block_plain(
         let same = g.compare_bcast(Compare::Eq, g.reshape(qs, [b, 1, t, 1, 1])?, g.reshape(ks, [b, 1, 1, 1, s])?)?;
         allowed = g.and_bcast(allowed, same)?;
     }
-    let p = masked_softmax(g, scores, allowed, seq.dtype)?;
-    let dims = DotDims { lhs_batch: vec![0, 1], rhs_batch: vec![0, 1], lhs_contract: vec![3], rhs_contract: vec![2] };
-    let o = g.dot_general(g.reshape(p, [b, k, t * group, s])?, kv.values, dims, wide(seq.dtype))?;
-    g.reshape(g.convert(o, seq.dtype)?, [b, k, t, group, e])
+    masked_attention(g, q, kv, allowed, seq.dtype)
+}
+
+/// Attention of queries `[b, k, t, g, e]` over keys `[b, k, s, e]`, of which `allowed` `[b or 1, 1, t, 1, s]` are seen.
+fn masked_attention(g: &Graph, q: Value, kv: KeyValues, allowed: Value, dtype: DType) -> Result<Value> {
+    let d = g.dims(q);
+    let (b, k, t, group, e) = (d[0], d[1], d[2], d[3], d[4]);
+    let s = g.dims(kv.keys)[2];
+    let dims = |c: usize| DotDims {
+        lhs_batch: vec![0, 1],
+        rhs_batch: vec![0, 1],
+        lhs_contract: vec![3],
+        rhs_contract: vec![c],
+    };
+    let rows = g.reshape(q, [b, k, t * group, e])?;
+    // Scores stay in f32 (f64) up to the softmax, also where activations are narrower.
+    let scores = g.reshape(g.dot_general(rows, kv.keys, dims(3), wide(dtype))?, [b, k, t, group, s])?;
+    let p = masked_softmax(g, scores, allowed, dtype)?;
+    let o = g.dot_general(g.reshape(p, [b, k, t * group, s])?, kv.values, dims(2), wide(dtype))?;
+    g.reshape(g.convert(o, dtype)?, [b, k, t, group, e])
 }
 
 /// Pads dimension `dim` with zeros.

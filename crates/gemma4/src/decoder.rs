@@ -328,7 +328,7 @@ impl Decoder<'_> {
             KvSource::Own => None,
         };
         let angles = state.angles.get(cx.layer.kind);
-        let input = LayerInput { x: state.x, ple: ple.transpose()?, borrowed, angles, segments: state.segments };
+        let input = LayerInput { x: state.x, ple: ple.transpose()?, borrowed, angles, segments: state.segments, at: None };
         let weights = LayerWeights::new(self.layer_slots(index));
         let (hidden, kv, outputs) = self.rematerialised(g, &cx, &input, &weights)?;
         state.x = hidden;
@@ -435,6 +435,7 @@ impl Decoder<'_> {
                     borrowed: from.map(|i| KeyValues { keys: lent[2 * i], values: lent[2 * i + 1] }),
                     angles: angles.get(cx.layer.kind),
                     segments,
+                    at: None,
                 };
                 let (next, kv, _) = self.rematerialised(g, cx, &input, &LayerWeights::new(named))?;
                 hidden = next;

@@ -1,11 +1,11 @@
 //! One decoder layer as a function of explicit inputs, so that it can stand alone, be computed again for a gradient, or be
 //! the body of a loop.
 
-use graph::{Graph, Value};
+use graph::{Graph, TensorType, Value};
 use tensor::DType;
 
 use crate::arch::{KvSource, Layer};
-use crate::attention::{AttentionTrace, AttentionWeights, KeyValues, OwnWeights, Sequence, attend, own_key_values};
+use crate::attention::{AttentionTrace, KeyPositions, KeyValues, Sequence, attend, own_key_values};
 use crate::nn::{Angles, Result, gated_gelu, project, rms_norm};
 
 /// Names that values of a layer go by in MaxText, for policies that choose what a gradient keeps.
@@ -53,12 +53,14 @@ pub(crate) struct LayerInput {
     pub(crate) angles: Angles,
     /// `[b, t]` i32.
     pub(crate) segments: Option<Value>,
+    /// Where queries and borrowed keys stand, where that is not 0, 1, 2, ...; not for programs that are differentiated.
+    pub(crate) at: Option<KeyPositions>,
 }
 
 impl LayerInput {
     /// Every value, in a fixed order.
     pub(crate) fn values(&self) -> Vec<Value> {
-        let LayerInput { x, ple, borrowed, angles: Angles { cos, sin }, segments } = *self;
+        let LayerInput { x, ple, borrowed, angles: Angles { cos, sin }, segments, at: _ } = *self;
         let kv = borrowed.map(|kv| [kv.keys, kv.values]);
         [x, cos, sin].into_iter().chain(ple).chain(kv.into_iter().flatten()).chain(segments).collect()
     }
@@ -73,36 +75,123 @@ impl LayerInput {
         let borrowed = self.borrowed.map(|kv| KeyValues { keys: next(kv.keys), values: next(kv.values) });
         let segments = self.segments.map(&mut next);
         let used = self.values().len().min(values.len());
-        (LayerInput { x, ple, borrowed, angles, segments }, &values[used..])
+        (LayerInput { x, ple, borrowed, angles, segments, at: self.at }, &values[used..])
     }
 }
 
-/// Parameters of one layer by their name without `layers.N.`; matrices in the activation dtype or narrower.
+/// A parameter of a layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Weight {
+    /// A value of the program.
+    Value(Value),
+    /// A matrix outside the program, with which a function of the runtime multiplies.
+    Called {
+        /// Its number there.
+        index: usize,
+        /// Its rows: the width of what the product gives.
+        rows: usize,
+    },
+}
+
+/// Name of the function that multiplies by [`Weight::Called`]: operands `session` (i64 `[1]`) and `x` `[m, k]`, attributes
+/// `w0`, `w1`, ... for each result `[m, rows]`.
+pub const PRODUCTS: &str = "lapidary.products";
+
+/// Parameters of one layer by their name without `layers.N.`.
 #[derive(Debug, Clone)]
-pub(crate) struct LayerWeights(Vec<(String, Value)>);
+pub(crate) struct LayerWeights {
+    named: Vec<(String, Weight)>,
+    /// Whose matrices are called, i64 `[1]`.
+    session: Option<Value>,
+}
 
 impl LayerWeights {
     pub(crate) fn new(weights: Vec<(String, Value)>) -> Self {
-        LayerWeights(weights)
+        let named = weights.into_iter().map(|(name, v)| (name, Weight::Value(v))).collect();
+        LayerWeights { named, session: None }
+    }
+
+    /// Parameters of which some are outside the program.
+    pub(crate) fn with_calls(named: Vec<(String, Weight)>, session: Option<Value>) -> Self {
+        LayerWeights { named, session }
     }
 
     /// Every value, in a fixed order.
     pub(crate) fn values(&self) -> impl Iterator<Item = Value> + '_ {
-        self.0.iter().map(|&(_, v)| v)
+        self.named.iter().filter_map(|&(_, w)| match w {
+            Weight::Value(v) => Some(v),
+            Weight::Called { .. } => None,
+        })
     }
 
     /// The same names with other values.
     pub(crate) fn with(&self, values: &[Value]) -> Self {
-        LayerWeights(self.0.iter().zip(values).map(|((name, _), &v)| (name.clone(), v)).collect())
+        let mut values = values.iter();
+        let mut swapped = |w: Weight| match w {
+            Weight::Value(was) => Weight::Value(values.next().copied().unwrap_or(was)),
+            called @ Weight::Called { .. } => called,
+        };
+        let named = self.named.iter().map(|(name, w)| (name.clone(), swapped(*w))).collect();
+        LayerWeights { named, session: self.session }
     }
 
-    /// The parameter as it is. Names asked for are those of the table that the list was made from.
-    fn get(&self, name: &str) -> Value {
-        match self.0.iter().find(|(n, _)| n == name) {
-            Some(&(_, v)) => v,
+    fn weight(&self, name: &str) -> Weight {
+        match self.named.iter().find(|(n, _)| n == name) {
+            Some(&(_, w)) => w,
             None => unreachable!("{name} is not a parameter of this layer"),
         }
     }
+
+    /// The parameter as it is. Names asked for are those of the table that the list was made from.
+    pub(crate) fn get(&self, name: &str) -> Value {
+        match self.weight(name) {
+            Weight::Value(v) => v,
+            Weight::Called { .. } => unreachable!("{name} is only multiplied by"),
+        }
+    }
+
+    /// `x` `[.., k]` times the transposes of some matrices, in `dtype`; one call where the matrices are outside.
+    pub(crate) fn products<const N: usize>(
+        &self,
+        g: &Graph,
+        x: Value,
+        names: [&str; N],
+        dtype: DType,
+    ) -> Result<[Value; N]> {
+        products(g, self.session, x, names.map(|n| self.weight(n)), dtype)
+    }
+}
+
+/// See [`LayerWeights::products`].
+pub(crate) fn products<const N: usize>(
+    g: &Graph,
+    session: Option<Value>,
+    x: Value,
+    weights: [Weight; N],
+    dtype: DType,
+) -> Result<[Value; N]> {
+    let mut out = [x; N];
+    let dims = g.dims(x);
+    let (&k, outer) = dims.split_last().unwrap_or((&1, &[]));
+    let m = outer.iter().product();
+    let mut called: Vec<(usize, usize, usize)> = Vec::new();
+    for (i, w) in weights.into_iter().enumerate() {
+        match w {
+            Weight::Value(w) => out[i] = project(g, x, g.convert(w, dtype)?, dtype)?,
+            Weight::Called { index, rows } => called.push((i, index, rows)),
+        }
+    }
+    if let (Some(session), false) = (session, called.is_empty()) {
+        let results: Vec<TensorType> = called.iter().map(|&(_, _, n)| TensorType::new(dtype, [m, n])).collect();
+        let names: Vec<String> = (0..called.len()).map(|i| format!("w{i}")).collect();
+        let attributes: Vec<(&str, i64)> =
+            names.iter().zip(&called).map(|(name, &(_, index, _))| (name.as_str(), index as i64)).collect();
+        let flat = g.reshape(x, [m, k])?;
+        for (&(i, _, n), y) in called.iter().zip(g.custom_call(PRODUCTS, &[session, flat], &results, &attributes)?) {
+            out[i] = g.reshape(y, [outer, &[n]].concat())?;
+        }
+    }
+    Ok(out)
 }
 
 /// What a layer computed that someone may ask for.
@@ -118,51 +207,59 @@ pub(crate) struct LayerOutputs {
 
 pub(crate) fn layer(g: &Graph, cx: &LayerContext, input: &LayerInput, w: &LayerWeights) -> Result<LayerOutputs> {
     let LayerContext { layer, dtype, eps, .. } = *cx;
-    let seq = Sequence { segments: input.segments, eps, window: cx.window, heads: cx.heads, dtype };
+    let seq = Sequence { segments: input.segments, at: input.at, eps, window: cx.window, heads: cx.heads, dtype };
     let norm = |x: Value, s: &str| rms_norm(g, x, Some(w.get(s)), eps);
-    let matrix = |s: &str| g.convert(w.get(s), dtype);
 
     let x = g.named(input.x, names::DECODER_LAYER_INPUT)?;
     let a = norm(x, "input_layernorm.weight")?;
     let own = match layer.kv {
         KvSource::Shared { .. } => None,
-        KvSource::Own => Some(OwnWeights {
-            k_proj: matrix("self_attn.k_proj.weight")?,
-            k_norm: w.get("self_attn.k_norm.weight"),
-            v_proj: if layer.k_eq_v { None } else { Some(matrix("self_attn.v_proj.weight")?) },
-        }),
-    };
-    let weights = AttentionWeights {
-        q_proj: matrix("self_attn.q_proj.weight")?,
-        q_norm: w.get("self_attn.q_norm.weight"),
-        o_proj: matrix("self_attn.o_proj.weight")?,
-    };
-    let own = match &own {
-        Some(own) => Some(own_key_values(g, &layer, a, own, &input.angles, &seq)?),
-        None => None,
+        KvSource::Own => Some(own(g, cx, a, w, &input.angles)?),
     };
     let kv = match (own, input.borrowed) {
         (Some((kv, _)), _) | (None, Some(kv)) => kv,
         (None, None) => unreachable!("a borrowing layer is given its donor's keys and values"),
     };
-    let (attn, q) = attend(g, &layer, a, &weights, kv, &input.angles, &seq)?;
+    let [q_raw] = w.products(g, a, ["self_attn.q_proj.weight"], dtype)?;
+    let (context, q) = attend(g, &layer, q_raw, w.get("self_attn.q_norm.weight"), kv, &input.angles, &seq)?;
+    let [attn] = w.products(g, context, ["self_attn.o_proj.weight"], dtype)?;
+    let attn = g.named(attn, names::OUT_PROJ)?;
     let x = g.add(x, norm(attn, "post_attention_layernorm.weight")?)?;
 
     let h = norm(x, "pre_feedforward_layernorm.weight")?;
-    let gate = g.named(project(g, h, matrix("mlp.gate_proj.weight")?, dtype)?, names::MLPWI_0)?;
-    let up = g.named(project(g, h, matrix("mlp.up_proj.weight")?, dtype)?, names::MLPWI_1)?;
-    let inner = gated_gelu(g, gate, up)?;
-    let mlp = g.named(project(g, inner, matrix("mlp.down_proj.weight")?, dtype)?, names::MLPWO)?;
+    let [gate, up] = w.products(g, h, ["mlp.gate_proj.weight", "mlp.up_proj.weight"], dtype)?;
+    let inner = gated_gelu(g, g.named(gate, names::MLPWI_0)?, g.named(up, names::MLPWI_1)?)?;
+    let [mlp] = w.products(g, inner, ["mlp.down_proj.weight"], dtype)?;
+    let mlp = g.named(mlp, names::MLPWO)?;
     let mut x = g.add(x, norm(mlp, "post_feedforward_layernorm.weight")?)?;
 
     if let Some(ple) = input.ple {
         // The gate reads the residual stream un-normed.
-        let gate = project(g, x, matrix("per_layer_input_gate.weight")?, dtype)?;
-        let y = project(g, gated_gelu(g, gate, ple)?, matrix("per_layer_projection.weight")?, dtype)?;
+        let [gate] = w.products(g, x, ["per_layer_input_gate.weight"], dtype)?;
+        let [y] = w.products(g, gated_gelu(g, gate, ple)?, ["per_layer_projection.weight"], dtype)?;
         x = g.add(x, norm(y, "post_per_layer_input_norm.weight")?)?;
     }
     // The whole residual stream, after everything.
-    let hidden = g.mul_bcast(x, matrix("layer_scalar")?)?;
+    let hidden = g.mul_bcast(x, g.convert(w.get("layer_scalar"), dtype)?)?;
     let trace = AttentionTrace { q, kv: own.map(|(_, trace)| trace) };
     Ok(LayerOutputs { hidden, kv: own.map(|(kv, _)| kv), attention: trace, attn, mlp })
+}
+
+/// The layer's own keys and values of `a` `[b, t, d]`, its normed input, and their unrotated forms.
+pub(crate) fn own(
+    g: &Graph,
+    cx: &LayerContext,
+    a: Value,
+    w: &LayerWeights,
+    angles: &Angles,
+) -> Result<(KeyValues, (Value, Value))> {
+    let (k, v) = ("self_attn.k_proj.weight", "self_attn.v_proj.weight");
+    let raw = if cx.layer.k_eq_v {
+        let [k] = w.products(g, a, [k], cx.dtype)?;
+        (k, None)
+    } else {
+        let [k, v] = w.products(g, a, [k, v], cx.dtype)?;
+        (k, Some(v))
+    };
+    own_key_values(g, &cx.layer, raw, w.get("self_attn.k_norm.weight"), angles, cx.eps)
 }
