@@ -12,7 +12,7 @@ use crate::arch::{KvSource, LayerKind, PerKind};
 use crate::attention::KeyValues;
 use crate::layer::{LayerContext, LayerInput, LayerOutputs, LayerWeights, layer};
 use crate::layout::{Layout, Run, Slot, role};
-use crate::nn::{Angles, Result, project, rms_norm, scale_f32, wide};
+use crate::nn::{Angles, Result, per_layer_inputs, project, rms_norm, scale_f32, wide};
 use crate::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, param_table};
 use crate::{Arch, PerLayerInput};
 
@@ -124,10 +124,14 @@ pub fn body_params(arch: &Arch) -> impl Iterator<Item = ParamSpec> {
     param_table(arch).into_iter().filter(|p| p.name != EMBED_TOKENS_PER_LAYER)
 }
 
-/// Tied head and soft cap: the cap runs in the activation dtype.
+/// Tied head and soft cap.
 fn head(g: &Graph, arch: &Arch, x: Value, table: Value) -> Result<Value> {
-    let dtype = g.dtype(x);
-    let z = project(g, x, table, dtype)?;
+    soft_cap(g, arch, project(g, x, table, g.dtype(x))?)
+}
+
+/// The cap runs in the activation dtype.
+pub(crate) fn soft_cap(g: &Graph, arch: &Arch, z: Value) -> Result<Value> {
+    let dtype = g.dtype(z);
     match arch.spec().final_logit_softcapping {
         // HF divides, takes tanh and multiplies, each rounded to the activation dtype.
         Some(cap) => {
@@ -287,14 +291,10 @@ impl Decoder<'_> {
     fn per_layer_inputs(&self, p: PerLayerInput, x: Value, rows: Value) -> Result<Value> {
         let g = self.g;
         let _scope = g.scope("per_layer_inputs");
-        let d = g.dims(x);
-        let shape = [d[0], d[1], self.arch.layers().len(), p.width];
-        let tok = g.mul_scalar(g.convert(rows, self.dtype)?, f64::from((p.width as f32).sqrt()))?;
         let projection = self.weights.cast(g, "per_layer_model_projection.weight", self.dtype)?;
-        let ctx = scale_f32(g, project(g, x, projection, self.dtype)?, (d[2] as f64).powf(-0.5))?;
+        let context = project(g, x, projection, self.dtype)?;
         let norm = self.weights.stored("per_layer_projection_norm.weight");
-        let ctx = rms_norm(g, g.reshape(ctx, shape)?, Some(norm), self.arch.spec().rms_norm_eps)?;
-        scale_f32(g, g.add(ctx, g.reshape(tok, shape)?)?, 0.5f64.sqrt())
+        per_layer_inputs(g, p, context, rows, norm, self.arch.spec())
     }
 
     fn context(&self, index: usize) -> LayerContext {

@@ -16,6 +16,7 @@
 
 pub mod arch;
 mod attention;
+pub mod cached;
 pub mod decoder;
 pub mod flops;
 mod from_config;

@@ -3,7 +3,7 @@
 use graph::{Graph, GraphError, Value};
 use tensor::{DType, HostArray, Shape};
 
-use crate::arch::Rope;
+use crate::arch::{ArchSpec, PerLayerInput, Rope};
 
 /// The dtype of statistics and transcendental functions: f32, or f64 in a run that carries f64 activations.
 pub(crate) fn wide(dtype: DType) -> DType {
@@ -91,6 +91,24 @@ pub(crate) fn gated_gelu(g: &Graph, gate: Value, up: Value) -> Result<Value> {
 pub(crate) fn scale_f32(g: &Graph, x: Value, s: f64) -> Result<Value> {
     let dtype = g.dtype(x);
     g.convert(g.mul_scalar(g.convert(x, wide(dtype))?, s)?, dtype)
+}
+
+/// `[b, t, l, p]`: what every layer gets to know of a token, from its rows of the per-layer table `[b, t, l * p]` and the
+/// projection `[b, t, l * p]` of its scaled embedding.
+pub(crate) fn per_layer_inputs(
+    g: &Graph,
+    p: PerLayerInput,
+    context: Value,
+    rows: Value,
+    norm: Value,
+    spec: &ArchSpec,
+) -> Result<Value> {
+    let (d, dtype) = (g.dims(context), g.dtype(context));
+    let shape = [d[0], d[1], spec.layer_kinds.len(), p.width];
+    let tok = g.mul_scalar(g.convert(rows, dtype)?, f64::from((p.width as f32).sqrt()))?;
+    let ctx = scale_f32(g, context, (spec.hidden_size as f64).powf(-0.5))?;
+    let ctx = rms_norm(g, g.reshape(ctx, shape)?, Some(norm), spec.rms_norm_eps)?;
+    scale_f32(g, g.add(ctx, g.reshape(tok, shape)?)?, 0.5f64.sqrt())
 }
 
 /// Cosine and sine of every rotated angle.
