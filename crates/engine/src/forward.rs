@@ -55,6 +55,18 @@ pub struct Placed {
     pub spooled_bytes: u64,
 }
 
+impl Placed {
+    /// Counts one tensor.
+    pub(crate) fn count(&mut self, placement: Placement, size: usize) {
+        let (count, bytes) = match placement {
+            Placement::ZeroCopy => (&mut self.mapped, &mut self.mapped_bytes),
+            Placement::Copied => (&mut self.copied, &mut self.copied_bytes),
+        };
+        *count += 1;
+        *bytes += size;
+    }
+}
+
 /// Time spent on programs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CompileTimes {
@@ -108,12 +120,7 @@ impl<'r> Session<'r> {
         let mut placed = Placed::default();
         let mut weights = HashMap::with_capacity(buffers.len());
         for (name, buffer, placement) in buffers {
-            let (count, bytes) = match placement {
-                Placement::ZeroCopy => (&mut placed.mapped, &mut placed.mapped_bytes),
-                Placement::Copied => (&mut placed.copied, &mut placed.copied_bytes),
-            };
-            *count += 1;
-            *bytes += buffer.size_in_bytes();
+            placed.count(placement, buffer.size_in_bytes());
             weights.insert(name, buffer);
         }
         let rows = match model.arch().per_layer_input() {
@@ -298,10 +305,15 @@ impl Programs {
     }
 }
 
+/// The dtype that a stored weight has on the device, for activations in `dtype`.
+pub(crate) fn placed_as(stored: DType, dtype: DType) -> DType {
+    if stored.size() > dtype.size() || (dtype == DType::BF16 && stored != dtype) { dtype } else { stored }
+}
+
 /// Puts one weight on the device: in place where the file aligns it, else in aligned memory.
-fn place(runtime: &Runtime, model: &Model, name: &str, dtype: DType) -> Result<(Buffer, Placement)> {
+pub(crate) fn place(runtime: &Runtime, model: &Model, name: &str, dtype: DType) -> Result<(Buffer, Placement)> {
     let client = runtime.client();
-    let too_wide = |d: DType| d.size() > dtype.size() || (dtype == DType::BF16 && d != dtype);
+    let too_wide = |d: DType| placed_as(d, dtype) != d;
     let Some(view) = model.mapped(name) else {
         let read = model.read(name)?;
         let from = read.dtype();

@@ -5,6 +5,7 @@
 pub mod compare;
 pub mod convert;
 pub mod data;
+pub mod decode;
 pub mod error;
 pub mod forward;
 pub mod generate;

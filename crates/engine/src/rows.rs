@@ -48,6 +48,21 @@ impl RowTable {
     /// # Errors
     /// When there is no such parameter, it is damaged, or there is no room for a temporary file.
     pub fn new(model: &Model, name: &str) -> Result<Self> {
+        let table = Self::streamed(model, name)?;
+        for tile in &table.tiles {
+            // Rows are looked up all over the table: reading ahead would only fill memory.
+            if let Tile::Mapped(bytes) = tile {
+                bytes.advise_random();
+            }
+        }
+        Ok(table)
+    }
+
+    /// As [`new`](Self::new), for a table that is also read from one end to the other.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn streamed(model: &Model, name: &str) -> Result<Self> {
         let weights = model.weights();
         let param = weights.params.iter().find(|p| p.spec.name == name);
         let (param, &[rows, columns]) = (match param {
@@ -76,20 +91,13 @@ impl RowTable {
                 })
             }
         };
-        let table = match table.take() {
-            Some(table) => table,
+        match table.take() {
+            Some(table) => Ok(table),
             None => {
                 let (bytes, size) = spool(model, name)?;
-                whole(bytes, size)
-            }
-        };
-        for tile in &table.tiles {
-            // Rows are looked up all over the table: reading ahead would only fill memory.
-            if let Tile::Mapped(bytes) = tile {
-                bytes.advise_random();
+                Ok(whole(bytes, size))
             }
         }
-        Ok(table)
     }
 
     /// A table that is in memory and nowhere else.

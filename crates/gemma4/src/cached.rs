@@ -105,6 +105,8 @@ pub fn called_matrices(arch: &Arch) -> Vec<ParamSpec> {
 /// are outside), the arrays of [`cache_arrays`], donated, then the parameters it reads. Outputs: the arrays, then `logits`
 /// `[b, v]` f32 if they are wanted.
 ///
+/// `stored` gives the dtype of every parameter by name, and that of [`input::EMBED_ROWS`].
+///
 /// # Errors
 /// When a dtype in `stored` is not a float.
 pub fn cached_program(
@@ -115,7 +117,7 @@ pub fn cached_program(
     let g = Graph::new(if options.chunk == 1 { "decode" } else { "prefill" });
     let spec = arch.spec();
     let (b, t) = (options.batch, options.chunk);
-    let rows = g.input(input::EMBED_ROWS, stored(EMBED_TOKENS), [b, t, spec.hidden_size])?;
+    let rows = g.input(input::EMBED_ROWS, stored(input::EMBED_ROWS), [b, t, spec.hidden_size])?;
     let ple_rows = match arch.per_layer_input() {
         Some(p) => {
             let dtype = stored(EMBED_TOKENS_PER_LAYER);
@@ -177,12 +179,18 @@ impl Params {
         Ok(Params { session, values, called })
     }
 
-    /// The parameter for products with `m` rows of activations.
-    fn weight(&self, name: &str, m: usize, limit: usize) -> Weight {
+    /// The parameter for products with `m` rows of activations, if the program has a use for it.
+    fn find(&self, name: &str, m: usize, limit: usize) -> Option<Weight> {
         match (self.called.get(name), self.values.get(name)) {
-            (Some(&(index, rows)), _) if m <= limit => Weight::Called { index, rows },
-            (_, Some(&v)) => Weight::Value(v),
-            _ => unreachable!("{name} is no input of this program"),
+            (Some(&(index, rows)), _) if m <= limit => Some(Weight::Called { index, rows }),
+            (_, value) => value.map(|&v| Weight::Value(v)),
+        }
+    }
+
+    fn weight(&self, name: &str, m: usize, limit: usize) -> Weight {
+        match self.find(name, m, limit) {
+            Some(weight) => weight,
+            None => unreachable!("{name} is no input of this program"),
         }
     }
 }
@@ -202,10 +210,7 @@ fn used_rows(arch: &Arch, options: &CachedOptions, p: &ParamSpec) -> Option<Vec<
     let owner = last_owner(arch);
     let keys = matches!(
         role,
-        "input_layernorm.weight"
-            | "self_attn.k_proj.weight"
-            | "self_attn.k_norm.weight"
-            | "self_attn.v_proj.weight"
+        "input_layernorm.weight" | "self_attn.k_proj.weight" | "self_attn.k_norm.weight" | "self_attn.v_proj.weight"
     );
     if index < owner {
         return Some(vec![all]);
@@ -330,8 +335,7 @@ impl Feed<'_> {
         let table = param_table(self.arch);
         let of_layer = table.iter().filter(|p| p.layer == Some(index));
         let named = of_layer.filter_map(|p| {
-            let used = self.params.values.contains_key(&p.name) || self.params.called.contains_key(&p.name);
-            let weight = used.then(|| self.params.weight(&p.name, m, self.options.called_rows))?;
+            let weight = self.params.find(&p.name, m, self.options.called_rows)?;
             Some((role(p)?.to_owned(), weight))
         });
         LayerWeights::with_calls(named.collect(), self.params.session)
@@ -339,7 +343,8 @@ impl Feed<'_> {
 
     fn angles(&self, positions: Value) -> Result<PerKind<Angles>> {
         let spec = self.arch.spec();
-        let of = |kind| Angles::new(self.g, positions, spec.rope.get(kind), spec.head_dim.get(kind), self.options.dtype);
+        let of =
+            |kind| Angles::new(self.g, positions, spec.rope.get(kind), spec.head_dim.get(kind), self.options.dtype);
         Ok(PerKind { sliding: of(LayerKind::Sliding)?, full: of(LayerKind::Full)? })
     }
 

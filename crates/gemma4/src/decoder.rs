@@ -328,7 +328,8 @@ impl Decoder<'_> {
             KvSource::Own => None,
         };
         let angles = state.angles.get(cx.layer.kind);
-        let input = LayerInput { x: state.x, ple: ple.transpose()?, borrowed, angles, segments: state.segments, at: None };
+        let input =
+            LayerInput { x: state.x, ple: ple.transpose()?, borrowed, angles, segments: state.segments, at: None };
         let weights = LayerWeights::new(self.layer_slots(index));
         let (hidden, kv, outputs) = self.rematerialised(g, &cx, &input, &weights)?;
         state.x = hidden;

@@ -1,0 +1,339 @@
+//! Decoding with a cache: prompts go in by chunks of a few sizes, then one token of every sequence at a time.
+
+mod chunks;
+mod programs;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use gemma4::LayerKind;
+use gemma4::cached::{CacheArray, CachedOptions, cache_arrays, input, ring};
+use gemma4::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
+use pjrt::Buffer;
+use tensor::{DType, HostArray, Shape};
+
+pub use chunks::CHUNKS;
+use chunks::{capacity_for, next_chunk};
+use programs::Programs;
+
+use crate::forward::{CompileTimes, Placed, place, placed_as};
+use crate::generate::{LanguageModel, check_feed};
+use crate::rows::RowTable;
+use crate::{EngineError, Model, Result, Runtime};
+
+/// How a model is decoded.
+#[derive(Debug, Clone)]
+pub struct DecodeOptions {
+    /// Sequences that run side by side.
+    pub sequences: usize,
+    /// Most tokens of each.
+    pub context: usize,
+    /// Dtype of activations and cache: `F32` to prove, `BF16` for speed.
+    pub dtype: DType,
+    /// Sizes of the chunks in which prompts go in, smallest first; the first is 1.
+    pub chunks: Vec<usize>,
+}
+
+impl Default for DecodeOptions {
+    fn default() -> Self {
+        DecodeOptions { sequences: 1, context: 8192, dtype: DType::BF16, chunks: CHUNKS.to_vec() }
+    }
+}
+
+/// What a cache takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheFigures {
+    /// Layers that own keys and values.
+    pub owners: usize,
+    /// Bytes now.
+    pub bytes: usize,
+    /// Of them, the rings of sliding layers, which do not grow.
+    pub ring_bytes: usize,
+    /// Bytes of one more token of one sequence in the layers that keep all.
+    pub bytes_per_token: usize,
+}
+
+/// A model with a cache for some sequences.
+#[derive(Debug)]
+pub struct Decoder<'r> {
+    runtime: &'r Runtime,
+    model: Arc<Model>,
+    options: DecodeOptions,
+    embed: RowTable,
+    per_layer: Option<RowTable>,
+    /// Parameters that are arrays on the device, as programs come to need them.
+    weights: HashMap<String, Buffer>,
+    placed: Placed,
+    programs: Programs,
+    cache: Vec<Buffer>,
+    /// Positions that the arrays of full layers hold.
+    capacity: usize,
+    lengths: Vec<usize>,
+}
+
+impl<'r> Decoder<'r> {
+    /// Prepares a model; nothing is compiled yet.
+    ///
+    /// # Errors
+    /// When the options make no sense or the tables cannot be read.
+    pub fn new(runtime: &'r Runtime, model: Arc<Model>, options: DecodeOptions) -> Result<Self> {
+        let bad = |m: String| Err(EngineError::Input(m));
+        if !matches!(options.dtype, DType::F32 | DType::BF16) {
+            return bad(format!("decoding in {} is not offered; use float32 or bfloat16", options.dtype));
+        }
+        if options.sequences == 0 || options.context == 0 || options.context > MAX_CONTEXT {
+            return bad(format!(
+                "{} sequences of {} tokens: there must be at least one, of 1 to {MAX_CONTEXT} tokens",
+                options.sequences, options.context
+            ));
+        }
+        if options.chunks.first() != Some(&1) || !options.chunks.is_sorted_by(|a, b| a < b) {
+            return bad(format!("chunk sizes {:?} must begin with 1 and grow", options.chunks));
+        }
+        // The head streams the table from the same pages, so they are read ahead as usual.
+        let embed = RowTable::streamed(&model, EMBED_TOKENS)?;
+        let per_layer = match model.arch().per_layer_input() {
+            Some(_) => Some(RowTable::new(&model, EMBED_TOKENS_PER_LAYER)?),
+            None => None,
+        };
+        let spooled = embed.spooled() + per_layer.as_ref().map_or(0, RowTable::spooled);
+        let placed = Placed { spooled_bytes: spooled, ..Placed::default() };
+        let lengths = vec![0; options.sequences];
+        let mut decoder = Decoder {
+            runtime,
+            model,
+            options,
+            embed,
+            per_layer,
+            weights: HashMap::new(),
+            placed,
+            programs: Programs::default(),
+            cache: Vec::new(),
+            capacity: 0,
+            lengths,
+        };
+        decoder.grow(1)?;
+        Ok(decoder)
+    }
+
+    /// The model.
+    #[must_use]
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// How the weights came to the device, as far as programs needed them yet.
+    #[must_use]
+    pub fn placed(&self) -> Placed {
+        self.placed
+    }
+
+    /// What the programs took so far.
+    #[must_use]
+    pub fn compile_times(&self) -> CompileTimes {
+        self.programs.times()
+    }
+
+    /// What the cache takes.
+    #[must_use]
+    pub fn cache_figures(&self) -> CacheFigures {
+        let arch = self.model.arch();
+        let arrays = cache_arrays(arch, self.options.sequences, self.capacity, self.ring());
+        let size = self.options.dtype.size();
+        let full = |a: &&CacheArray| a.kind == LayerKind::Full;
+        let ring_bytes = arrays.iter().filter(|a| !full(a)).map(|a| a.shape.elements() * size).sum();
+        let per_token = arrays.iter().filter(full).map(|a| a.shape.dims()[1] * a.shape.dims()[3] * size).sum();
+        CacheFigures {
+            owners: arrays.len() / 2,
+            bytes: arrays.iter().map(|a| a.shape.elements() * size).sum(),
+            ring_bytes,
+            bytes_per_token: per_token,
+        }
+    }
+
+    /// Compiles the programs for prompts of about `tokens` tokens and for decode steps, so that the first of either need not
+    /// wait. Returns how long it took.
+    ///
+    /// # Errors
+    /// When a program does not compile or weights cannot be placed.
+    pub fn prepare(&mut self, tokens: usize) -> Result<Duration> {
+        let start = std::time::Instant::now();
+        let mut left = tokens.min(self.options.context);
+        self.grow(self.needed(&vec![left; self.options.sequences]))?;
+        while left > 0 {
+            let chunk = next_chunk(&self.options.chunks, left);
+            left -= left.min(chunk);
+            self.program(chunk, left == 0)?;
+        }
+        self.program(1, true)?;
+        Ok(start.elapsed())
+    }
+
+    fn ring(&self) -> usize {
+        ring(self.model.arch(), self.options.context)
+    }
+
+    /// Positions that full layers must hold to feed so many tokens.
+    fn needed(&self, tokens: &[usize]) -> usize {
+        let mut most = 0;
+        for (&length, &fed) in self.lengths.iter().zip(tokens) {
+            most = most.max(length + fed);
+        }
+        // A chunk's last rows may stand behind its tokens; they are written all the same.
+        let longest = tokens.iter().copied().max().unwrap_or(0);
+        most + next_chunk(&self.options.chunks, longest)
+    }
+
+    /// Makes room for `positions` positions in full layers. What the cache holds stays.
+    fn grow(&mut self, positions: usize) -> Result<()> {
+        if positions <= self.capacity {
+            return Ok(());
+        }
+        let capacity = capacity_for(positions);
+        let client = self.runtime.client();
+        let arrays = cache_arrays(self.model.arch(), self.options.sequences, capacity, self.ring());
+        let mut old = std::mem::take(&mut self.cache).into_iter();
+        for array in arrays {
+            let buffer = match old.next() {
+                Some(old) if *old.shape() == array.shape => old,
+                Some(old) => client.buffer_from_host(&widened(&old.to_host()?, &array.shape)?, 0)?,
+                None => client.buffer_from_host(&HostArray::zeros(self.options.dtype, array.shape)?, 0)?,
+            };
+            self.cache.push(buffer);
+        }
+        self.capacity = capacity;
+        Ok(())
+    }
+
+    fn program(&mut self, chunk: usize, logits: bool) -> Result<Arc<programs::Fed>> {
+        let options = CachedOptions {
+            batch: self.options.sequences,
+            chunk,
+            capacity: self.capacity,
+            ring: self.ring(),
+            dtype: self.options.dtype,
+            cache_dtype: self.options.dtype,
+            logits,
+            called_rows: 0,
+        };
+        let dtype = self.options.dtype;
+        let stored = |name: &str| match (name, &self.per_layer) {
+            (input::EMBED_ROWS, _) => self.embed.dtype(),
+            (EMBED_TOKENS_PER_LAYER, Some(table)) => table.dtype(),
+            // Names are those of the parameter table.
+            _ => self.model.dtype(name).map_or(dtype, |d| placed_as(d, dtype)),
+        };
+        let fed = self.programs.get(self.runtime, self.model.arch(), &options, &stored)?;
+        for name in &fed.params {
+            if !self.weights.contains_key(name) {
+                let (buffer, placement) = place(self.runtime, &self.model, name, dtype)?;
+                self.placed.count(placement, buffer.size_in_bytes());
+                self.weights.insert(name.clone(), buffer);
+            }
+        }
+        Ok(fed)
+    }
+
+    /// One chunk. Returns `[sequences, vocab]` logits where they are wanted.
+    fn run(&mut self, tokens: &[&[i32]], chunk: usize, logits: bool) -> Result<Option<HostArray>> {
+        let fed = self.program(chunk, logits)?;
+        let client = self.runtime.client();
+        let n = self.options.sequences;
+        let mut ids = Vec::with_capacity(n * chunk);
+        for &t in tokens {
+            ids.extend_from_slice(t);
+            ids.resize(ids.len() + chunk - t.len(), 0);
+        }
+        let ints = |values: Vec<i32>| -> Result<Buffer> {
+            Ok(client.buffer_from_host(&HostArray::from_slice([n], &values)?, 0)?)
+        };
+        let as_i32 = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
+        let embed = self.embed.gather(&ids, [n, chunk, self.embed.columns()])?;
+        let mut inputs = vec![client.buffer_from_owned(embed, 0)?.0];
+        if let Some(table) = &self.per_layer {
+            inputs.push(client.buffer_from_owned(table.gather(&ids, [n, chunk, table.columns()])?, 0)?.0);
+        }
+        inputs.push(ints(self.lengths.iter().map(|&l| as_i32(l)).collect())?);
+        inputs.push(ints(tokens.iter().map(|t| as_i32(t.len())).collect())?);
+        let missing = || EngineError::Input("a program over a cache lacks an array".into());
+        let weights =
+            fed.params.iter().map(|name| self.weights.get(name).ok_or_else(missing)).collect::<Result<Vec<_>>>()?;
+        let arguments: Vec<&Buffer> = inputs.iter().chain(&self.cache).chain(weights).collect();
+        let mut outputs = fed.executable.execute(&arguments)?;
+        let rows = if logits { Some(outputs.pop().ok_or_else(missing)?) } else { None };
+        self.cache = outputs;
+        for (length, t) in self.lengths.iter_mut().zip(tokens) {
+            *length += t.len();
+        }
+        Ok(rows.map(|r| r.to_host()).transpose()?)
+    }
+}
+
+/// Longest context that is accepted: what the models are trained for is less.
+pub const MAX_CONTEXT: usize = 1 << 20;
+
+/// The same values in an array with more positions.
+fn widened(old: &HostArray, shape: &Shape) -> Result<HostArray> {
+    let mut new = HostArray::zeros(old.dtype(), shape.clone())?;
+    let row = |s: &Shape| s.dims()[2..].iter().product::<usize>() * old.dtype().size();
+    let (from, to) = (row(old.shape()), row(shape));
+    if from > 0 && to >= from {
+        for (n, o) in new.bytes_mut().chunks_mut(to).zip(old.bytes().chunks(from)) {
+            n[..from].copy_from_slice(o);
+        }
+    }
+    Ok(new)
+}
+
+impl LanguageModel for Decoder<'_> {
+    fn sequences(&self) -> usize {
+        self.options.sequences
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.model.arch().vocab_size()
+    }
+
+    fn lengths(&self) -> &[usize] {
+        &self.lengths
+    }
+
+    fn context(&self) -> usize {
+        self.options.context
+    }
+
+    fn feed(&mut self, tokens: &[&[i32]]) -> Result<Vec<f32>> {
+        check_feed(self, tokens)?;
+        let vocab = self.vocab_size();
+        let mut logits = vec![0f32; tokens.len() * vocab];
+        let counts: Vec<usize> = tokens.iter().map(|t| t.len()).collect();
+        self.grow(self.needed(&counts))?;
+        let mut left: Vec<&[i32]> = tokens.to_vec();
+        loop {
+            let longest = left.iter().map(|t| t.len()).max().unwrap_or(0);
+            if longest == 0 {
+                return Ok(logits);
+            }
+            let chunk = next_chunk(&self.options.chunks, longest);
+            let now: Vec<&[i32]> = left.iter().map(|t| &t[..t.len().min(chunk)]).collect();
+            for (l, n) in left.iter_mut().zip(&now) {
+                *l = &l[n.len()..];
+            }
+            let ends = |slot: usize| !now[slot].is_empty() && left[slot].is_empty();
+            let wanted = (0..now.len()).any(ends);
+            if let Some(rows) = self.run(&now, chunk, wanted)? {
+                let rows = rows.as_slice::<f32>()?;
+                for slot in (0..now.len()).filter(|&s| ends(s)) {
+                    let row = slot * vocab..(slot + 1) * vocab;
+                    logits[row.clone()].copy_from_slice(&rows[row]);
+                }
+            }
+        }
+    }
+
+    fn reset(&mut self) {
+        // What is left in the arrays lies behind every query until it is written over.
+        self.lengths.fill(0);
+    }
+}
