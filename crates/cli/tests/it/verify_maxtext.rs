@@ -109,7 +109,7 @@ fn an_architecture_that_nothing_tells_is_asked_for() {
     let mt = tmp.path().join("mt");
     convert(&case, &mt, &[]);
     forget(&mt);
-    for refused in [verify(&mt, &case, &[]), lapidary(&["bench", text(&mt)])] {
+    for refused in [verify(&mt, &case, &[]), lapidary(&["bench", "forward", text(&mt)])] {
         let refused = refused.exits(2);
         assert!(refused.stderr.contains("does not say which architecture"), "{}", refused.stderr);
         assert!(refused.stderr.contains("--config") && refused.stderr.contains("model_name="), "{}", refused.stderr);
@@ -128,7 +128,7 @@ fn an_architecture_that_nothing_tells_is_asked_for() {
         assert_eq!(v["verdict"]["overall"]["max_abs_diff"], 0.0);
     }
     lapidary(&["verify", text(&mt), "--against", text(&mt)]).exits(2);
-    let args = ["bench", text(&mt), "--tokens", "8", "--repeat", "1", "--json", "--config", text(&config)];
+    let args = ["bench", "forward", text(&mt), "--tokens", "8", "--repeat", "1", "--json", "--config", text(&config)];
     assert_eq!(lapidary(&args).exits(0).json()["forward"][0]["tokens"], 8);
 }
 

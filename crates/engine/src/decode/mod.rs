@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use gemma4::LayerKind;
 use gemma4::cached::{CacheArray, CachedOptions, cache_arrays, input, ring};
+use gemma4::decoder::body_params;
 use gemma4::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
 use pjrt::Buffer;
 use tensor::{DType, HostArray, Shape};
@@ -150,6 +151,15 @@ impl<'r> Decoder<'r> {
             ring_bytes,
             bytes_per_token: per_token,
         }
+    }
+
+    /// Bytes of weights that a decode step reads: every parameter but the tables, of which it reads a row, and the token
+    /// table as the head.
+    #[must_use]
+    pub fn bytes_per_step(&self) -> usize {
+        let read = body_params(self.model.arch());
+        let size = |name: &str| self.model.dtype(name).map_or(0, |d| placed_as(d, self.options.dtype).size());
+        read.map(|p| p.shape.elements() * size(&p.name)).sum()
     }
 
     /// Compiles the programs for prompts of about `tokens` tokens and for decode steps, so that the first of either need not

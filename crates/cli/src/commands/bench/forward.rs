@@ -1,4 +1,4 @@
-//! `lapidary bench`.
+//! `lapidary bench forward`.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,16 +11,15 @@ use gemma4::decoder::Trace;
 use serde_json::json;
 use tensor::DType;
 
-use super::verify::place;
-use super::{ArchArgs, CommandResult, EngineArgs, Failure, Outcome};
+use super::median_and_min;
+use crate::commands::verify::place;
+use crate::commands::{ArchArgs, CommandResult, EngineArgs, Failure, Outcome};
 use crate::ui::{Ui, seconds};
 
 /// Time a model's forward pass on this machine, all logits included, compilation excluded.
-///
-/// Figures vary by 10 to 25 % on a machine that is not idle: compare only runs of one sitting.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  lapidary bench ./gemma-4-E2B-it --tokens 128,512 --dtype bfloat16")]
-pub(crate) struct Args {
+#[command(after_help = "Example:\n  lapidary bench forward ./gemma-4-E2B-it --tokens 128,512 --dtype bfloat16")]
+pub(super) struct Args {
     /// The model: a Hugging Face directory or a MaxText checkpoint.
     model: PathBuf,
     /// Sequence lengths.
@@ -44,7 +43,7 @@ pub(crate) struct Args {
     engine: EngineArgs,
 }
 
-pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
+pub(super) fn run(ui: &Ui, args: &Args) -> CommandResult {
     if args.tokens.contains(&0) || args.repeat == 0 {
         return Err(Failure::usage("--tokens and --repeat must be at least 1"));
     }
@@ -53,9 +52,8 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     let session = place(ui, &runtime, &model, args.dtype)?;
     let mut rows = Vec::new();
     for &n in &args.tokens {
-        let (compile, mut times) = measure(&session, n, args)?;
-        times.sort_unstable();
-        let (median, min) = (times[times.len() / 2].as_secs_f64(), times[0].as_secs_f64());
+        let (compile, times) = measure(&session, n, args)?;
+        let (median, min) = median_and_min(times);
         let mut flops = Flops::forward(session.model().arch(), 1.0, n).total;
         if args.last {
             let arch = session.model().arch();

@@ -1,0 +1,162 @@
+//! `lapidary bench decode` and `lapidary bench prefill`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use engine::decode::{DecodeOptions, Decoder};
+use engine::generate::LanguageModel;
+use serde_json::json;
+use tensor::DType;
+
+use super::median_and_min;
+use crate::commands::{ArchArgs, CommandResult, EngineArgs, Failure, Outcome};
+use crate::ui::{Ui, seconds};
+
+/// What both have in common.
+#[derive(Debug, clap::Args)]
+struct Common {
+    /// The model: a Hugging Face directory or a MaxText checkpoint.
+    model: PathBuf,
+    /// Activations and cache: bfloat16 or float32.
+    #[arg(long, default_value = "bfloat16")]
+    dtype: DType,
+    /// Sequences side by side.
+    #[arg(long, default_value_t = 1)]
+    sequences: usize,
+    /// Timed runs, after one that is not counted.
+    #[arg(long, default_value_t = 5)]
+    repeat: usize,
+    /// Print the figures as JSON on stdout.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    arch: ArchArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+/// Time decode steps, one token of every sequence each.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  lapidary bench decode ./gemma-4-E2B-it --tokens 32")]
+pub(super) struct DecodeArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Steps of a run.
+    #[arg(long, default_value_t = 32)]
+    tokens: usize,
+    /// Tokens of the prompt before them.
+    #[arg(long, default_value_t = 16)]
+    prompt: usize,
+}
+
+/// Time prompts up to the logits of their last token.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  lapidary bench prefill ./gemma-4-E2B-it --tokens 128,512")]
+pub(super) struct PrefillArgs {
+    #[command(flatten)]
+    common: Common,
+    /// Lengths of the prompts.
+    #[arg(long, value_name = "N,N,...", value_delimiter = ',', default_value = "512")]
+    tokens: Vec<usize>,
+}
+
+impl Common {
+    fn options(&self, context: usize) -> DecodeOptions {
+        DecodeOptions { sequences: self.sequences, context, dtype: self.dtype, ..DecodeOptions::default() }
+    }
+}
+
+/// Ids that are neither all alike nor in order.
+fn ids(n: usize, vocab: usize) -> Vec<i32> {
+    (0..n).map(|i| i32::try_from((i * 7919 + i * i) % vocab.max(1)).unwrap_or(0)).collect()
+}
+
+pub(super) fn decode(ui: &Ui, args: &DecodeArgs) -> CommandResult {
+    let common = &args.common;
+    if args.tokens == 0 || args.prompt == 0 || common.repeat == 0 || common.sequences == 0 {
+        return Err(Failure::usage("--tokens, --prompt, --repeat and --sequences must be at least 1"));
+    }
+    let model = Arc::new(common.arch.open(ui, &common.model, None)?);
+    let runtime = common.engine.start(ui)?;
+    let vocab = model.arch().vocab_size();
+    let mut decoder = Decoder::new(&runtime, model, common.options(args.prompt + args.tokens))?;
+    let compile = decoder.prepare(args.prompt)?;
+    let prompt = ids(args.prompt, vocab);
+    let mut times = Vec::new();
+    for run in 0..=common.repeat {
+        decoder.reset();
+        decoder.feed(&vec![prompt.as_slice(); common.sequences])?;
+        let next = ids(args.tokens + 1, vocab);
+        let start = Instant::now();
+        for token in next.chunks(1).take(args.tokens) {
+            decoder.feed(&vec![token; common.sequences])?;
+        }
+        if run > 0 {
+            times.push(start.elapsed() / u32::try_from(args.tokens).unwrap_or(u32::MAX));
+        }
+    }
+    let (median, min) = median_and_min(times);
+    let bytes = decoder.bytes_per_step() as f64;
+    let rate = common.sequences as f64 / median;
+    if common.json {
+        ui.json(&json!({
+            "model": common.model, "dtype": common.dtype.name(), "sequences": common.sequences,
+            "median_seconds": median, "min_seconds": min, "tokens_per_second": rate,
+            "bytes_per_step": bytes, "bytes_per_second": bytes / median, "compile_seconds": compile.as_secs_f64(),
+        }))?;
+    } else {
+        ui.data(format!(
+            "step: median {:.1} ms, min {:.1} ms, {rate:.2} tokens/s, {:.2} GB of weights at {:.1} GB/s ({} to prepare)",
+            median * 1e3,
+            min * 1e3,
+            bytes / 1e9,
+            bytes / median / 1e9,
+            seconds(compile)
+        ));
+    }
+    Ok(Outcome::Yes)
+}
+
+pub(super) fn prefill(ui: &Ui, args: &PrefillArgs) -> CommandResult {
+    let common = &args.common;
+    if args.tokens.contains(&0) || args.tokens.is_empty() || common.repeat == 0 || common.sequences == 0 {
+        return Err(Failure::usage("--tokens, --repeat and --sequences must be at least 1"));
+    }
+    let model = Arc::new(common.arch.open(ui, &common.model, None)?);
+    let runtime = common.engine.start(ui)?;
+    let vocab = model.arch().vocab_size();
+    let longest = args.tokens.iter().copied().max().unwrap_or(1);
+    let mut decoder = Decoder::new(&runtime, model, common.options(longest))?;
+    let mut rows = Vec::new();
+    for &n in &args.tokens {
+        let compile = decoder.prepare(n)?;
+        let prompt = ids(n, vocab);
+        let mut times: Vec<Duration> = Vec::new();
+        for run in 0..=common.repeat {
+            decoder.reset();
+            let start = Instant::now();
+            decoder.feed(&vec![prompt.as_slice(); common.sequences])?;
+            if run > 0 {
+                times.push(start.elapsed());
+            }
+        }
+        let (median, min) = median_and_min(times);
+        let rate = (n * common.sequences) as f64 / median;
+        if !common.json {
+            ui.data(format!(
+                "{n} tokens: median {median:.3} s, min {min:.3} s, {rate:.1} tokens/s ({} to prepare)",
+                seconds(compile)
+            ));
+        }
+        rows.push(json!({
+            "tokens": n, "median_seconds": median, "min_seconds": min, "tokens_per_second": rate,
+            "compile_seconds": compile.as_secs_f64(),
+        }));
+    }
+    if common.json {
+        let (dtype, sequences) = (common.dtype.name(), common.sequences);
+        ui.json(&json!({ "model": common.model, "dtype": dtype, "sequences": sequences, "prefill": rows }))?;
+    }
+    Ok(Outcome::Yes)
+}
