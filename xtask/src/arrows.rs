@@ -14,6 +14,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("lapidary-config", &[]),
     ("lapidary-graph", &["lapidary-tensor"]),
     ("lapidary-pjrt", &["lapidary-tensor"]),
+    ("lapidary-kernels", &[]),
     ("lapidary-checkpoint", &["lapidary-tensor"]),
     ("lapidary-gemma4", &["lapidary-tensor", "lapidary-graph", "lapidary-config"]),
     (
@@ -25,6 +26,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "lapidary-pjrt",
             "lapidary-checkpoint",
             "lapidary-gemma4",
+            "lapidary-kernels",
         ],
     ),
     (
@@ -36,6 +38,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "lapidary-pjrt",
             "lapidary-checkpoint",
             "lapidary-gemma4",
+            "lapidary-kernels",
             "lapidary-engine",
         ],
     ),

@@ -11,6 +11,7 @@ pub mod forward;
 pub mod generate;
 pub mod golden;
 pub mod init;
+pub mod kernels;
 pub mod known;
 pub mod metrics;
 pub mod model;

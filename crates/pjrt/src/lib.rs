@@ -19,7 +19,7 @@
 //! # Ok(()) }
 //! ```
 //!
-//! **Invariants.** This is the only crate with `unsafe`, and it knows neither graphs nor models. Everything the caller
+//! **Invariants.** It knows neither graphs nor models. Everything the caller
 //! can get wrong is checked before the plugin is called, because a plugin may end the process instead of returning an
 //! error. Everything is `Send + Sync`: the C API is thread-safe. Plugins stay loaded for the life of the process.
 
