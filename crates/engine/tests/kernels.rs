@@ -10,7 +10,7 @@ use half::bf16;
 use kernels::{Bytes, Matrix};
 use lapidary_engine::kernels::{Session, products, register};
 use pjrt::plugins::LocateOptions;
-use pjrt::{Client, ClientOptions, CompileOptions, ExecutableCache, Executable, Lookup, Plugin};
+use pjrt::{Client, ClientOptions, CompileOptions, Executable, ExecutableCache, Lookup, Plugin};
 use tensor::{DType, HostArray};
 
 fn plugin() -> &'static std::sync::Arc<Plugin> {
@@ -77,8 +77,7 @@ fn a_stored_program_serves_any_session_and_client() {
         for lookup in [Lookup::Miss, Lookup::Hit] {
             // A client of its own each time: what is stored does not depend on the one that compiled it.
             let client = client();
-            let (executable, outcome) =
-                client.compile_cached(&text, &CompileOptions::default(), Some(&cache)).unwrap();
+            let (executable, outcome) = client.compile_cached(&text, &CompileOptions::default(), Some(&cache)).unwrap();
             assert_eq!((outcome.lookup, outcome.store_error), (lookup, None));
             for narrow in [true, false] {
                 let session = Session::new(vec![matrix(&a, 24, k, narrow), matrix(&b, 7, k, narrow)]);

@@ -7,8 +7,8 @@ use half::bf16;
 
 use crate::split::Split;
 use crate::tiles::Layout;
-use crate::{rows, tiles};
 use crate::{Format, KernelError, Matrix, Pool};
+use crate::{rows, tiles};
 
 /// Bytes of weights that a thread takes at a time.
 const GRAIN: usize = 64 << 10;

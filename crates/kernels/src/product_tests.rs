@@ -116,7 +116,10 @@ fn sizes_are_checked() {
     };
     assert_eq!(call(2, &x, &[&w], 4), Ok(()));
     assert_eq!(call(1, &x, &[&w], 4).unwrap_err(), "x has 6 elements, and 1 rows of 3 columns are wanted (matrix 0)");
-    assert_eq!(call(2, &x, &[&w, &other], 4).unwrap_err(), "x has 6 elements, and 2 rows of 2 columns are wanted (matrix 1)");
+    assert_eq!(
+        call(2, &x, &[&w, &other], 4).unwrap_err(),
+        "x has 6 elements, and 2 rows of 2 columns are wanted (matrix 1)"
+    );
     assert_eq!(call(2, &x, &[&w], 3).unwrap_err(), "result 0 has room for 3 elements, and 2 rows of 2 are computed");
     assert_eq!(call(2, &x, &[&w, &w, &w], 4).unwrap_err(), "3 matrices and 2 results");
     assert_eq!(call(0, &[], &[&w], 0), Ok(()));

@@ -63,7 +63,7 @@ fn extreme_weights() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(ProptestConfig::with_cases(12))]
 
     /// Every weight is within half a step of its own; both are stored where the layout says.
     #[test]

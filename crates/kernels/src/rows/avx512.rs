@@ -98,7 +98,9 @@ impl Widen for F32 {
         let at = at.cast::<f32>();
         // SAFETY: the caller's promise; elements that are masked out are not touched, and the second address is
         // computed without claiming that it lies within.
-        unsafe { (_mm512_maskz_loadu_ps(mask as u16, at), _mm512_maskz_loadu_ps((mask >> 16) as u16, at.wrapping_add(16))) }
+        unsafe {
+            (_mm512_maskz_loadu_ps(mask as u16, at), _mm512_maskz_loadu_ps((mask >> 16) as u16, at.wrapping_add(16)))
+        }
     }
 }
 

@@ -16,9 +16,7 @@ pub(super) fn sums(format: Format, weights: &[u8], rows: Range<usize>, k: usize,
         for (x, sum) in x.chunks_exact(stride).zip(sums.iter_mut()) {
             *sum = match format {
                 Format::F32 => dot(weights[row * k * 4..(row + 1) * k * 4].as_chunks().0, x, f32::from_le_bytes),
-                _ => {
-                    dot(weights[row * k * 2..(row + 1) * k * 2].as_chunks().0, x, |b| bf16::from_le_bytes(b).to_f32())
-                }
+                _ => dot(weights[row * k * 2..(row + 1) * k * 2].as_chunks().0, x, |b| bf16::from_le_bytes(b).to_f32()),
             };
         }
     }
