@@ -1,6 +1,7 @@
 //! Decoding with a cache: prompts go in by chunks of a few sizes, then one token of every sequence at a time.
 
 mod chunks;
+mod matrices;
 mod programs;
 
 use std::collections::HashMap;
@@ -11,11 +12,13 @@ use gemma4::LayerKind;
 use gemma4::cached::{CacheArray, CachedOptions, cache_arrays, input, ring};
 use gemma4::decoder::body_params;
 use gemma4::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
+use ::kernels::Format;
 use pjrt::Buffer;
 use tensor::{DType, HostArray, Shape};
 
 pub use chunks::CHUNKS;
 use chunks::{capacity_for, next_chunk};
+use matrices::Matrices;
 use programs::Programs;
 
 use crate::forward::{CompileTimes, Placed, place, placed_as};
@@ -34,11 +37,29 @@ pub struct DecodeOptions {
     pub dtype: DType,
     /// Sizes of the chunks in which prompts go in, smallest first; the first is 1.
     pub chunks: Vec<usize>,
+    /// What multiplies few rows of activations with weights.
+    pub products: Products,
+    /// Weights of those products are quantized to this; longer chunks of prompts use them as stored.
+    pub quantize: Option<Format>,
 }
+
+/// What multiplies few rows of activations with weights, as every decode step does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Products {
+    /// The `kernels` crate on a CPU, else the program.
+    Auto,
+    /// The `kernels` crate: weights stay where they are and are read at the speed of memory.
+    Kernels,
+    /// The program, like any other product.
+    Program,
+}
+
+/// Rows of activations up to which the kernels multiply.
+const CALLED_ROWS: usize = 16;
 
 impl Default for DecodeOptions {
     fn default() -> Self {
-        DecodeOptions { sequences: 1, context: 8192, dtype: DType::BF16, chunks: CHUNKS.to_vec() }
+        DecodeOptions { sequences: 1, context: 8192, dtype: DType::BF16, chunks: CHUNKS.to_vec(), products: Products::Auto, quantize: None }
     }
 }
 
@@ -66,6 +87,8 @@ pub struct Decoder<'r> {
     /// Parameters that are arrays on the device, as programs come to need them.
     weights: HashMap<String, Buffer>,
     placed: Placed,
+    /// Parameters outside of programs.
+    matrices: Option<Matrices>,
     programs: Programs,
     cache: Vec<Buffer>,
     /// Positions that the arrays of full layers hold.
@@ -99,7 +122,19 @@ impl<'r> Decoder<'r> {
             None => None,
         };
         let spooled = embed.spooled() + per_layer.as_ref().map_or(0, RowTable::spooled);
-        let placed = Placed { spooled_bytes: spooled, ..Placed::default() };
+        let mut placed = Placed { spooled_bytes: spooled, ..Placed::default() };
+        let kernels = match options.products {
+            Products::Auto => runtime.client().platform_name() == "cpu",
+            Products::Kernels => true,
+            Products::Program => false,
+        };
+        if options.quantize.is_some() && !kernels {
+            return bad("quantized weights are multiplied with on a CPU only, and not by the program".into());
+        }
+        let matrices = match kernels {
+            true => Some(Matrices::new(runtime, &model, options.dtype, options.quantize, &mut placed)?),
+            false => None,
+        };
         let lengths = vec![0; options.sequences];
         let mut decoder = Decoder {
             runtime,
@@ -109,6 +144,7 @@ impl<'r> Decoder<'r> {
             per_layer,
             weights: HashMap::new(),
             placed,
+            matrices,
             programs: Programs::default(),
             cache: Vec::new(),
             capacity: 0,
@@ -153,11 +189,13 @@ impl<'r> Decoder<'r> {
         }
     }
 
-    /// Bytes of weights that a decode step reads: every parameter but the tables, of which it reads a row, and the token
-    /// table as the head.
+    /// Bytes of weights that a decode step reads: every matrix but the per-layer table, of which it reads a row.
     #[must_use]
     pub fn bytes_per_step(&self) -> usize {
         let read = body_params(self.model.arch());
+        if let Some(matrices) = &self.matrices {
+            return matrices.bytes();
+        }
         let size = |name: &str| self.model.dtype(name).map_or(0, |d| placed_as(d, self.options.dtype).size());
         read.map(|p| p.shape.elements() * size(&p.name)).sum()
     }
@@ -225,7 +263,7 @@ impl<'r> Decoder<'r> {
             dtype: self.options.dtype,
             cache_dtype: self.options.dtype,
             logits,
-            called_rows: 0,
+            called_rows: if self.matrices.is_some() { CALLED_ROWS } else { 0 },
         };
         let dtype = self.options.dtype;
         let stored = |name: &str| match (name, &self.per_layer) {
@@ -269,7 +307,8 @@ impl<'r> Decoder<'r> {
         let missing = || EngineError::Input("a program over a cache lacks an array".into());
         let weights =
             fed.params.iter().map(|name| self.weights.get(name).ok_or_else(missing)).collect::<Result<Vec<_>>>()?;
-        let arguments: Vec<&Buffer> = inputs.iter().chain(&self.cache).chain(weights).collect();
+        let session = self.matrices.iter().map(|m| &m.id);
+        let arguments: Vec<&Buffer> = inputs.iter().chain(session).chain(&self.cache).chain(weights).collect();
         let mut outputs = fed.executable.execute(&arguments)?;
         let rows = if logits { Some(outputs.pop().ok_or_else(missing)?) } else { None };
         self.cache = outputs;
