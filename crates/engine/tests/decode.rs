@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use checkpoint::safetensors::SafetensorsFile;
-use lapidary_engine::decode::{DecodeOptions, Decoder};
+use lapidary_engine::decode::{DecodeOptions, Decoder, Products};
 use lapidary_engine::generate::{LanguageModel, Uncached};
 use lapidary_engine::{Model, Runtime, RuntimeOptions, Session};
 use tensor::{DType, HostArray};
@@ -142,8 +142,13 @@ fn chunks_and_lengths_around_the_window_change_nothing() {
         let mut plain = Uncached::new(&session, lengths.len(), context);
         let want: Vec<Vec<f32>> =
             feeds.iter().map(|f| plain.feed(&f.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap()).collect();
-        for chunks in [vec![1], vec![1, 3], vec![1, 16], vec![1, w + 2, 3 * w + 1]] {
-            let options = DecodeOptions { chunks: chunks.clone(), ..options(lengths.len(), context) };
+        for (products, chunks) in [
+            (Products::Auto, vec![1]),
+            (Products::Auto, vec![1, 16]),
+            (Products::Auto, vec![1, w + 2, 3 * w + 1]),
+            (Products::Program, vec![1, 3]),
+        ] {
+            let options = DecodeOptions { products, chunks: chunks.clone(), ..options(lengths.len(), context) };
             let mut decoder = Decoder::new(&runtime, model.clone(), options).unwrap();
             for round in 0..2 {
                 for (i, (feed, want)) in feeds.iter().zip(&want).enumerate() {
@@ -152,7 +157,7 @@ fn chunks_and_lengths_around_the_window_change_nothing() {
                         let d = difference(&got[s * v..(s + 1) * v], &want[s * v..(s + 1) * v]);
                         assert!(
                             d <= TOLERANCE,
-                            "{name}, chunks {chunks:?}, round {round}, feed {i}, sequence {s} of {} tokens: {d}",
+                            "{name}, {products:?}, chunks {chunks:?}, round {round}, feed {i}, sequence {s} of {} tokens: {d}",
                             fed.len()
                         );
                     }

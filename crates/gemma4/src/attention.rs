@@ -198,18 +198,29 @@ fn masked_attention(g: &Graph, q: Value, kv: KeyValues, allowed: Value, dtype: D
     let d = g.dims(q);
     let (b, k, t, group, e) = (d[0], d[1], d[2], d[3], d[4]);
     let s = g.dims(kv.keys)[2];
-    let dims = |c: usize| DotDims {
-        lhs_batch: vec![0, 1],
-        rhs_batch: vec![0, 1],
-        lhs_contract: vec![3],
-        rhs_contract: vec![c],
-    };
     let rows = g.reshape(q, [b, k, t * group, e])?;
     // Scores stay in f32 (f64) up to the softmax, also where activations are narrower.
-    let scores = g.reshape(g.dot_general(rows, kv.keys, dims(3), wide(dtype))?, [b, k, t, group, s])?;
+    let scores = g.reshape(batched(g, rows, kv.keys, 3, wide(dtype))?, [b, k, t, group, s])?;
     let p = masked_softmax(g, scores, allowed, dtype)?;
-    let o = g.dot_general(g.reshape(p, [b, k, t * group, s])?, kv.values, dims(2), wide(dtype))?;
+    let o = batched(g, g.reshape(p, [b, k, t * group, s])?, kv.values, 2, wide(dtype))?;
     g.reshape(g.convert(o, dtype)?, [b, k, t, group, e])
+}
+
+/// `[b, k, m, c]` times `[b, k, ..]` over dimension `contract` of the latter.
+fn batched(g: &Graph, lhs: Value, rhs: Value, contract: usize, out: DType) -> Result<Value> {
+    let (l, r) = (g.dims(lhs), g.dims(rhs));
+    if l[0] * l[1] == 1 {
+        // Libraries that take narrow operands take no batches.
+        let dims =
+            DotDims { lhs_batch: vec![], rhs_batch: vec![], lhs_contract: vec![1], rhs_contract: vec![contract - 2] };
+        let product = g.dot_general(g.reshape(lhs, &l[2..])?, g.reshape(rhs, &r[2..])?, dims, out)?;
+        let n = g.dims(product)[1];
+        return g.reshape(product, [1, 1, l[2], n]);
+    }
+    let batch = vec![0, 1];
+    let dims =
+        DotDims { lhs_batch: batch.clone(), rhs_batch: batch, lhs_contract: vec![3], rhs_contract: vec![contract] };
+    g.dot_general(lhs, rhs, dims, out)
 }
 
 /// Pads dimension `dim` with zeros.

@@ -37,6 +37,8 @@ pub struct CachedOptions {
     pub dtype: DType,
     /// Dtype of the cache.
     pub cache_dtype: DType,
+    /// Whether there may be tokens before the chunk. A chunk that begins every sequence need not look for them.
+    pub past: bool,
     /// Whether logits of each sequence's last token are wanted.
     pub logits: bool,
     /// Matrices are outside the program where a product has at most this many rows of activations; 0: nowhere.
@@ -380,6 +382,9 @@ impl Feed<'_> {
             LayerKind::Full => {
                 let (b, s) = (self.options.batch, self.options.capacity);
                 let kept = self.in_place(old, new, self.start)?;
+                if !self.options.past {
+                    return Ok((kept, (self.seen(new)?, self.own_positions()?)));
+                }
                 // Rows behind the chunk are behind every query.
                 let positions = g.iota(DType::I32, [b, s], 1)?;
                 Ok((kept, (self.seen(kept)?, positions)))
@@ -430,19 +435,30 @@ impl Feed<'_> {
         g.sub(latest, behind)
     }
 
+    /// Positions of the chunk's tokens, `[b, t]`, negative behind the last.
+    fn own_positions(&self) -> Result<Value> {
+        let g = self.g;
+        let (b, t) = (self.options.batch, self.options.chunk);
+        let offsets = g.iota(DType::I32, [b, t], 1)?;
+        let counted = g.compare(Compare::Lt, offsets, g.broadcast_in_dim(self.count, [b, t], &[0])?)?;
+        let own = g.add(offsets, g.broadcast_in_dim(self.start, [b, t], &[0])?)?;
+        g.select(counted, own, g.full_like(own, -1.0)?)
+    }
+
     /// A chunk sees the ring as it was, then itself; the ring gets the chunk's last tokens.
     fn write_ring(&self, old: KeyValues, new: KeyValues) -> Result<(KeyValues, (KeyValues, Value))> {
         let g = self.g;
         let CachedOptions { batch: b, chunk: t, ring, .. } = *self.options;
         let one = g.splat(DType::I32, [b], 1.0)?;
-        let before = self.ring_positions(g.sub(self.start, one)?)?;
-        let offsets = g.iota(DType::I32, [b, t], 1)?;
-        let counted = g.compare(Compare::Lt, offsets, g.broadcast_in_dim(self.count, [b, t], &[0])?)?;
-        let own = g.add(offsets, g.broadcast_in_dim(self.start, [b, t], &[0])?)?;
-        let own = g.select(counted, own, g.full_like(own, -1.0)?)?;
-        let positions = g.concatenate(&[before, own], 1)?;
-        let both = |old, new| g.concatenate(&[old, new], 2);
-        let visible = KeyValues { keys: both(old.keys, new.keys)?, values: both(old.values, new.values)? };
+        let own = self.own_positions()?;
+        let (visible, positions) = if self.options.past {
+            let before = self.ring_positions(g.sub(self.start, one)?)?;
+            let both = |old, new| g.concatenate(&[old, new], 2);
+            let visible = KeyValues { keys: both(old.keys, new.keys)?, values: both(old.values, new.values)? };
+            (visible, g.concatenate(&[before, own], 1)?)
+        } else {
+            (new, own)
+        };
 
         let after = self.ring_positions(g.sub(g.add(self.start, self.count)?, one)?)?;
         let offset = g.sub(after, g.broadcast_in_dim(self.start, [b, ring], &[0])?)?;

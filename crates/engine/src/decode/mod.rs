@@ -8,11 +8,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ::kernels::Format;
 use gemma4::LayerKind;
 use gemma4::cached::{CacheArray, CachedOptions, cache_arrays, input, ring};
 use gemma4::decoder::body_params;
 use gemma4::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
-use ::kernels::Format;
 use pjrt::Buffer;
 use tensor::{DType, HostArray, Shape};
 
@@ -59,7 +59,14 @@ const CALLED_ROWS: usize = 16;
 
 impl Default for DecodeOptions {
     fn default() -> Self {
-        DecodeOptions { sequences: 1, context: 8192, dtype: DType::BF16, chunks: CHUNKS.to_vec(), products: Products::Auto, quantize: None }
+        DecodeOptions {
+            sequences: 1,
+            context: 8192,
+            dtype: DType::BF16,
+            chunks: CHUNKS.to_vec(),
+            products: Products::Auto,
+            quantize: None,
+        }
     }
 }
 
@@ -209,17 +216,20 @@ impl<'r> Decoder<'r> {
         let start = std::time::Instant::now();
         let mut left = tokens.min(self.options.context);
         self.grow(self.needed(&vec![left; self.options.sequences]))?;
+        let mut past = false;
         while left > 0 {
             let chunk = next_chunk(&self.options.chunks, left);
             left -= left.min(chunk);
-            self.program(chunk, left == 0)?;
+            self.program(chunk, past, left == 0)?;
+            past = true;
         }
-        self.program(1, true)?;
+        self.program(1, true, true)?;
         Ok(start.elapsed())
     }
 
     fn ring(&self) -> usize {
-        ring(self.model.arch(), self.options.context)
+        // Rounded, so that programs serve many contexts.
+        ring(self.model.arch(), capacity_for(self.options.context))
     }
 
     /// Positions that full layers must hold to feed so many tokens.
@@ -254,7 +264,7 @@ impl<'r> Decoder<'r> {
         Ok(())
     }
 
-    fn program(&mut self, chunk: usize, logits: bool) -> Result<Arc<programs::Fed>> {
+    fn program(&mut self, chunk: usize, past: bool, logits: bool) -> Result<Arc<programs::Fed>> {
         let options = CachedOptions {
             batch: self.options.sequences,
             chunk,
@@ -262,6 +272,8 @@ impl<'r> Decoder<'r> {
             ring: self.ring(),
             dtype: self.options.dtype,
             cache_dtype: self.options.dtype,
+            // A step has one program.
+            past: chunk == 1 || past,
             logits,
             called_rows: if self.matrices.is_some() { CALLED_ROWS } else { 0 },
         };
@@ -285,7 +297,8 @@ impl<'r> Decoder<'r> {
 
     /// One chunk. Returns `[sequences, vocab]` logits where they are wanted.
     fn run(&mut self, tokens: &[&[i32]], chunk: usize, logits: bool) -> Result<Option<HostArray>> {
-        let fed = self.program(chunk, logits)?;
+        let past = self.lengths.iter().any(|&l| l > 0);
+        let fed = self.program(chunk, past, logits)?;
         let client = self.runtime.client();
         let n = self.options.sequences;
         let mut ids = Vec::with_capacity(n * chunk);
