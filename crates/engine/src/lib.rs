@@ -2,6 +2,7 @@
 //!
 //! **Invariant:** this crate parses no arguments and prints nothing. Long work reports through callbacks.
 
+pub mod aot;
 pub mod compare;
 pub mod convert;
 pub mod data;
@@ -10,6 +11,7 @@ pub mod error;
 pub mod forward;
 pub mod generate;
 pub mod golden;
+pub mod hosts;
 pub mod init;
 pub mod kernels;
 pub mod known;
@@ -19,6 +21,7 @@ pub mod peak;
 pub mod rng;
 pub mod rows;
 pub mod runtime;
+pub mod targets;
 pub mod train;
 pub mod train_state;
 pub mod verify;

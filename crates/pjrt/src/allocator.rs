@@ -36,19 +36,29 @@ pub fn tune_allocator() -> bool {
 /// Keeps plugins from writing informational lines to standard error; warnings and errors remain. A value the user
 /// has set stays. To be called at the start of `main`, before other threads run and before a plugin is loaded.
 ///
-/// Returns whether the setting is in place. It is an environment variable, and those must not be changed while other
-/// threads may read them: where other threads run already, or it cannot be told, nothing is done.
+/// Returns whether the setting is in place: see [`set_environment`].
 pub fn quiet_plugins() -> bool {
-    const VARIABLE: &str = "TF_CPP_MIN_LOG_LEVEL";
-    if std::env::var_os(VARIABLE).is_some() {
+    set_environment(&[("TF_CPP_MIN_LOG_LEVEL", "1")])
+}
+
+/// Sets environment variables that plugins read when they are loaded; values that are set already stay. To be called at
+/// the start of `main`, before other threads run.
+///
+/// Returns whether all of them are set now. The environment must not be changed while other threads may read it: where
+/// other threads run already, or it cannot be told, nothing is done.
+pub fn set_environment(variables: &[(&str, &str)]) -> bool {
+    let missing: Vec<_> = variables.iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
+    if missing.is_empty() {
         return true;
     }
     let threads = fs_err::read_dir("/proc/self/task").map_or(0, Iterator::count);
     if threads != 1 {
         return false;
     }
-    // SAFETY: this is the only thread, so nobody reads the environment meanwhile.
-    unsafe { std::env::set_var(VARIABLE, "1") };
+    for (name, value) in missing {
+        // SAFETY: this is the only thread, so nobody reads the environment meanwhile.
+        unsafe { std::env::set_var(name, value) };
+    }
     true
 }
 

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::api::{Api, args, call, slice, string};
 use crate::error::{PjrtError, Result};
+use crate::key_value::{KeyValueStore, StoreHandle};
 use crate::plugin::{NamedValue, Plugin};
 use crate::sys;
 
@@ -100,6 +101,8 @@ pub(crate) struct ClientInner {
     platform_name: String,
     platform_version: String,
     pub(crate) counters: Counters,
+    /// Dropped after the client is destroyed, because fields are.
+    _store: Option<StoreHandle>,
 }
 
 // SAFETY: the C API's clients may be used from any thread at the same time.
@@ -143,11 +146,27 @@ impl Client {
     /// # Errors
     /// When the plugin refuses: an unknown option, no device, ...
     pub fn new(plugin: &Arc<Plugin>, options: &ClientOptions) -> Result<Client> {
+        Client::make(plugin, options, None)
+    }
+
+    /// Makes a client of one of several processes, whose devices form one mesh. Each process calls this at the same time;
+    /// they find each other through `store`. GPU plugins want the options `node_id` and `num_nodes` with it.
+    ///
+    /// # Errors
+    /// As [`Client::new`], and when a process does not come.
+    pub fn with_store(plugin: &Arc<Plugin>, options: &ClientOptions, store: Arc<dyn KeyValueStore>) -> Result<Client> {
+        Client::make(plugin, options, Some(StoreHandle::new(store)))
+    }
+
+    fn make(plugin: &Arc<Plugin>, options: &ClientOptions, store: Option<StoreHandle>) -> Result<Client> {
         let api = plugin.api();
         let raw_options: Vec<_> = options.values.iter().map(|(name, value)| value.to_raw(name)).collect();
         let mut a =
             args!(PJRT_Client_Create_Args { create_options: raw_options.as_ptr(), num_options: raw_options.len() });
-        // SAFETY: names and values live in `options` until the call returns; no callbacks are given.
+        if let Some(store) = &store {
+            store.attach(&mut a);
+        }
+        // SAFETY: names and values live in `options` until the call returns; the store, if there is one, outlives the client.
         unsafe { call!(api, "create a client", PJRT_Client_Create, a) }?;
         // From here on the client is destroyed by `Drop`, whatever fails below.
         let mut inner = ClientInner {
@@ -157,6 +176,7 @@ impl Client {
             platform_name: String::new(),
             platform_version: String::new(),
             counters: Counters::default(),
+            _store: store,
         };
         let mut a = args!(PJRT_Client_PlatformName_Args { client: inner.raw });
         // SAFETY: the client is live, and so are the strings it hands out.
@@ -248,8 +268,23 @@ fn describe(api: &Api, raw: *mut sys::PJRT_Device) -> Result<Device> {
     if description.is_null() {
         return Err(PjrtError::Contract { operation, reason: "no description".to_owned() });
     }
+    let d = describe_device(api, description)?;
+    Ok(Device { raw: DevicePtr(raw), id: d.id, kind: d.kind, description: d.description })
+}
+
+/// What a device description says.
+pub(crate) struct Described {
+    pub(crate) id: i64,
+    pub(crate) process: i64,
+    pub(crate) kind: String,
+    pub(crate) description: String,
+}
+
+/// Reads a live description of a device.
+pub(crate) fn describe_device(api: &Api, description: *mut sys::PJRT_DeviceDescription) -> Result<Described> {
+    let operation = "describe a device";
     let mut a = args!(PJRT_DeviceDescription_Id_Args { device_description: description });
-    // SAFETY: as above.
+    // SAFETY: the caller passes a live description.
     unsafe { call!(api, operation, PJRT_DeviceDescription_Id, a) }?;
     let id: c_int = a.id;
     let mut a = args!(PJRT_DeviceDescription_Kind_Args { device_description: description });
@@ -264,5 +299,8 @@ fn describe(api: &Api, raw: *mut sys::PJRT_Device) -> Result<Device> {
         call!(api, operation, PJRT_DeviceDescription_ToString, a)?;
         string(a.to_string, a.to_string_size)
     };
-    Ok(Device { raw: DevicePtr(raw), id: i64::from(id), kind, description: text })
+    let mut a = args!(PJRT_DeviceDescription_ProcessIndex_Args { device_description: description });
+    // SAFETY: as above.
+    unsafe { call!(api, operation, PJRT_DeviceDescription_ProcessIndex, a) }?;
+    Ok(Described { id: i64::from(id), process: i64::from(a.process_index), kind, description: text })
 }

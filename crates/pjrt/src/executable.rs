@@ -4,32 +4,16 @@ use std::fmt;
 use std::ptr;
 use std::sync::Arc;
 
-use crate::api::{args, call, slice, string};
+use crate::api::{args, call, slice};
 use crate::buffer::Buffer;
 use crate::client::{Client, ClientInner};
+use crate::compiled::{self, Handle, MemoryFigures};
 use crate::dtype;
 use crate::error::{PjrtError, Result};
 use crate::options::CompileOptions;
 use crate::plugin::NamedValue;
 use crate::signature::{ArrayType, ProgramSignature};
 use crate::sys;
-
-/// Bytes a compiled program needs on each device.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct MemoryFigures {
-    /// Machine code.
-    pub generated_code: i64,
-    /// Arguments.
-    pub arguments: i64,
-    /// Results.
-    pub outputs: i64,
-    /// Part of the results that lies in donated arguments.
-    pub aliased: i64,
-    /// Scratch memory while it runs.
-    pub temporary: i64,
-    /// The most it needs at once, where the plugin tells.
-    pub peak: i64,
-}
 
 /// How a program is run.
 #[derive(Debug, Clone, Copy, Default)]
@@ -64,22 +48,10 @@ impl Client {
     pub fn compile(&self, program: &str, options: &CompileOptions) -> Result<Executable> {
         let operation = "compile";
         let options = self.encode_options(options)?;
-        // Seen to crash plugins. Donation is written on the arguments instead.
-        if program.contains("mhlo.input_output_alias") {
-            let reason = "plugins crash on this attribute; mark arguments with tf.aliasing_output instead".to_owned();
-            return Err(PjrtError::Option { name: "mhlo.input_output_alias".to_owned(), reason });
-        }
-        let format = "mlir";
-        let program = args!(PJRT_Program {
-            // The plugin does not write to the program; the C declaration is shared with functions that do.
-            code: program.as_ptr().cast_mut().cast(),
-            code_size: program.len(),
-            format: format.as_ptr().cast(),
-            format_size: format.len(),
-        });
+        let program = compiled::program(program)?;
         let mut a = args!(PJRT_Client_Compile_Args {
             client: self.inner.raw,
-            program: &raw const program,
+            program: &raw const program.raw,
             compile_options: options.as_ptr().cast(),
             compile_options_size: options.len(),
         });
@@ -150,12 +122,7 @@ impl Executable {
         // SAFETY: the program is live.
         unsafe { call!(this.client.api(), operation, PJRT_LoadedExecutable_GetExecutable, a) }?;
         this.executable = a.executable;
-        let mut a = args!(PJRT_Executable_Name_Args { executable: this.executable });
-        // SAFETY: the program is live, and so is its name.
-        this.name = unsafe {
-            call!(this.client.api(), operation, PJRT_Executable_Name, a)?;
-            string(a.executable_name, a.executable_name_size)
-        };
+        this.name = this.handle().name()?;
         let mut a = args!(PJRT_LoadedExecutable_AddressableDevices_Args { executable: loaded });
         // SAFETY: the program is live, and so is its list of devices.
         let devices = unsafe {
@@ -234,29 +201,16 @@ impl Executable {
         Client { inner: Arc::clone(&self.client) }
     }
 
+    fn handle(&self) -> Handle {
+        Handle::new(*self.client.api(), self.executable)
+    }
+
     /// The program after optimisation, as a serialised `xla.HloModuleProtoWithConfig`.
     ///
     /// # Errors
     /// When the plugin does not offer it.
     pub fn optimized_program(&self) -> Result<Vec<u8>> {
-        let operation = "read an optimised program";
-        let mut program = args!(PJRT_Program {});
-        let mut a =
-            args!(PJRT_Executable_OptimizedProgram_Args { executable: self.executable, program: &raw mut program });
-        // SAFETY: with a null code pointer the call only reports the size it needs.
-        unsafe { call!(self.client.api(), operation, PJRT_Executable_OptimizedProgram, a) }?;
-        let mut code = vec![0u8; program.code_size];
-        program.code = code.as_mut_ptr().cast();
-        a.program = &raw mut program;
-        // SAFETY: the memory is as large as the plugin said.
-        unsafe { call!(self.client.api(), operation, PJRT_Executable_OptimizedProgram, a) }?;
-        // SAFETY: the format is a string of static lifetime.
-        let format = unsafe { string(program.format, program.format_size) };
-        if format != "hlo_with_config" {
-            return Err(PjrtError::Contract { operation, reason: format!("its format is {format:?}") });
-        }
-        code.truncate(program.code_size);
-        Ok(code)
+        self.handle().optimized_program()
     }
 
     /// Bytes it needs on each device.
@@ -264,19 +218,7 @@ impl Executable {
     /// # Errors
     /// When the plugin does not say.
     pub fn memory(&self) -> Result<MemoryFigures> {
-        let mut a = args!(PJRT_Executable_GetCompiledMemoryStats_Args { executable: self.executable });
-        // SAFETY: the program is live.
-        unsafe {
-            call!(self.client.api(), "read a program's memory figures", PJRT_Executable_GetCompiledMemoryStats, a)
-        }?;
-        Ok(MemoryFigures {
-            generated_code: a.generated_code_size_in_bytes,
-            arguments: a.argument_size_in_bytes,
-            outputs: a.output_size_in_bytes,
-            aliased: a.alias_size_in_bytes,
-            temporary: a.temp_size_in_bytes,
-            peak: a.peak_memory_in_bytes,
-        })
+        self.handle().memory()
     }
 
     /// XLA's own cost estimate (`flops`, `bytes accessed`, ...), where the plugin has one; most CPU plugins do not.
@@ -284,12 +226,7 @@ impl Executable {
     /// # Errors
     /// When the plugin does not offer it.
     pub fn cost_analysis(&self) -> Result<Vec<(String, NamedValue)>> {
-        let mut a = args!(PJRT_Executable_GetCostAnalysis_Args { executable: self.executable });
-        // SAFETY: the program is live, and so is the list it hands out.
-        unsafe {
-            call!(self.client.api(), "read a program's cost", PJRT_Executable_GetCostAnalysis, a)?;
-            Ok(NamedValue::read_all(slice(a.properties, a.num_properties)))
-        }
+        self.handle().cost_analysis()
     }
 
     /// The plugin's fingerprint of the compiled program.
@@ -297,12 +234,7 @@ impl Executable {
     /// # Errors
     /// When the plugin does not offer it.
     pub fn fingerprint(&self) -> Result<String> {
-        let mut a = args!(PJRT_Executable_Fingerprint_Args { executable: self.executable });
-        // SAFETY: the program is live, and so is the string it hands out.
-        unsafe {
-            call!(self.client.api(), "read a program's fingerprint", PJRT_Executable_Fingerprint, a)?;
-            Ok(string(a.executable_fingerprint, a.executable_fingerprint_size))
-        }
+        self.handle().fingerprint()
     }
 
     /// The compiled program as bytes, for the cache.
@@ -310,16 +242,7 @@ impl Executable {
     /// # Errors
     /// When the plugin does not offer it.
     pub fn serialize(&self) -> Result<Vec<u8>> {
-        let mut a = args!(PJRT_Executable_Serialize_Args { executable: self.executable.cast_const() });
-        // SAFETY: the program is live; the bytes live until the deleter runs.
-        unsafe {
-            call!(self.client.api(), "store a program", PJRT_Executable_Serialize, a)?;
-            let bytes = slice(a.serialized_bytes.cast::<u8>(), a.serialized_bytes_size).to_vec();
-            if let Some(delete) = a.serialized_executable_deleter {
-                delete(a.serialized_executable);
-            }
-            Ok(bytes)
-        }
+        self.handle().serialize()
     }
 
     /// Runs a program of one device. Returns at once; the results can be read or passed on while it still runs.

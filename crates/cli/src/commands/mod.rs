@@ -1,6 +1,7 @@
 //! One module for each command.
 
 pub(crate) mod bench;
+pub(crate) mod compile;
 pub(crate) mod config;
 pub(crate) mod convert;
 pub(crate) mod diff;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use pjrt::plugins::{LocateError, LocateOptions, Origin, PINNED, PinnedPlugin, cache_dir, locate};
+use pjrt::plugins::{LocateError, LocateOptions, Origin, PINNED, PinnedPlugin, cache_dir, locate, locate_tools};
 use serde_json::json;
 
 use super::{CommandResult, Failure, Outcome};
@@ -43,11 +43,12 @@ A plugin is looked for in this order: --plugin FILE, the variable LAPIDARY_PJRT_
 
 /// Download a plugin with your own pip or uv, verify it, and print its path.
 ///
-/// pip and uv know your mirror and proxy. Nothing is downloaded if a pinned plugin of the platform is in the cache.
+/// pip and uv know your mirror and proxy. Nothing is downloaded if a pinned plugin of the platform is in the cache. With the
+/// plugin come the tools that its compiler calls (for CUDA: ptxas, nvlink and libdevice).
 #[derive(Debug, clap::Args)]
 #[command(after_help = FETCH_EXAMPLES)]
 struct Fetch {
-    /// cpu, cuda12, cuda13, rocm7 or tpu.
+    /// cpu, cuda12, cuda13, rocm7 or tpu; cuda and rocm are the newest of theirs.
     #[arg(default_value = "cpu")]
     platform: String,
     /// Only look into the cache [environment LAPIDARY_OFFLINE=1].
@@ -164,9 +165,11 @@ fn fetch(ui: &Ui, args: &Fetch) -> CommandResult {
         }
         Err(error) => return Err(error.into()),
     };
+    let tools = locate_tools(&args.platform, &options)?;
     if args.json {
         ui.json(&json!({
             "path": located.path,
+            "tools": tools,
             "origin": origin_name(located.origin),
             "package": located.pinned.map(|p| p.package),
             "version": located.pinned.map(|p| p.version),
@@ -177,6 +180,9 @@ fn fetch(ui: &Ui, args: &Fetch) -> CommandResult {
     if let Some(p) = located.pinned {
         let how = if located.origin == Origin::Download { "fetched" } else { "already in the cache" };
         ui.say(format!("{} {}: {how}, SHA-256 as pinned", p.package, p.version));
+    }
+    if let Some(tools) = tools {
+        ui.say(format!("the tools its compiler calls: {}, SHA-256 as pinned", tools.display()));
     }
     ui.data(located.path.display().to_string());
     Ok(Outcome::Yes)

@@ -25,6 +25,26 @@ const INSTALLERS: [Installer; 5] = [
     ("uv", &["tool", "run", "--quiet", "pip"]),
 ];
 
+/// A file of a wheel, and where it goes.
+pub(super) struct Member<'a> {
+    /// Its path inside the wheel.
+    pub(super) path: &'static str,
+    /// The file it becomes.
+    pub(super) to: &'a Path,
+    /// The SHA-256 it must have.
+    pub(super) sha256: &'static str,
+    /// What it is called in messages.
+    pub(super) what: &'static str,
+}
+
+/// A wheel of the table.
+#[derive(Clone, Copy)]
+pub(super) struct Wheel {
+    pub(super) package: &'static str,
+    pub(super) version: &'static str,
+    pub(super) sha256: &'static str,
+}
+
 /// Fetches a plugin to `target`, which appears complete and verified, or not at all.
 pub(crate) fn fetch(plugin: &'static PinnedPlugin, target: &Path, progress: &dyn Fn(&str)) -> Result<(), LocateError> {
     fetch_with(&INSTALLERS, plugin, target, progress)
@@ -36,26 +56,60 @@ fn fetch_with(
     target: &Path,
     progress: &dyn Fn(&str),
 ) -> Result<(), LocateError> {
-    let directory = target.parent().unwrap_or(Path::new("."));
+    let wheel = Wheel { package: plugin.package, version: plugin.version, sha256: plugin.pin.wheel };
+    let member = Member { path: plugin.file, to: target, sha256: plugin.pin.library, what: "the plugin" };
+    fetch_members_with(installers, wheel, &[member], progress)
+}
+
+/// Fetches files of a wheel, each of which appears complete and verified, or not at all.
+pub(super) fn fetch_members(wheel: Wheel, members: &[Member<'_>], progress: &dyn Fn(&str)) -> Result<(), LocateError> {
+    fetch_members_with(&INSTALLERS, wheel, members, progress)
+}
+
+fn fetch_members_with(
+    installers: &[Installer],
+    wheel: Wheel,
+    members: &[Member<'_>],
+    progress: &dyn Fn(&str),
+) -> Result<(), LocateError> {
+    let Some(first) = members.first() else { return Ok(()) };
+    let directory = first.to.parent().unwrap_or(Path::new("."));
     fs_err::create_dir_all(directory)?;
     // Beside the target, so that the last step is a rename within one file system.
     let work = WorkDirectory::new(directory)?;
-    progress(&format!("downloading {} {}", plugin.package, plugin.version));
-    download(installers, plugin, &work.0)?;
-    let wheel = the_wheel(&work.0)?;
-    progress(&format!("verifying {} {}", plugin.package, plugin.version));
-    let got = hash::sha256_of_file(&wheel)?;
-    if got != plugin.pin.wheel {
-        return Err(LocateError::WrongHash { what: "the wheel", path: wheel, got, wanted: plugin.pin.wheel });
+    let name = format!("{} {}", wheel.package, wheel.version);
+    progress(&format!("downloading {name}"));
+    download(installers, wheel, first.path, &work.0)?;
+    let file = the_wheel(&work.0)?;
+    progress(&format!("verifying {name}"));
+    let got = hash::sha256_of_file(&file)?;
+    if got != wheel.sha256 {
+        return Err(LocateError::WrongHash { what: "the wheel", path: file, got, wanted: wheel.sha256 });
     }
-    progress(&format!("unpacking {} {}", plugin.package, plugin.version));
-    let library = work.0.join("library.part");
-    unpack(&wheel, plugin.file, &library)?;
-    let got = hash::sha256_of_file(&library)?;
-    if got != plugin.pin.library {
-        return Err(LocateError::WrongHash { what: "the plugin", path: library, got, wanted: plugin.pin.library });
+    progress(&format!("unpacking {name}"));
+    for member in members {
+        let part = work.0.join("member.part");
+        unpack(&file, member.path, &part)?;
+        let got = hash::sha256_of_file(&part)?;
+        if got != member.sha256 {
+            return Err(LocateError::WrongHash { what: member.what, path: part, got, wanted: member.sha256 });
+        }
+        if let Some(parent) = member.to.parent() {
+            fs_err::create_dir_all(parent)?;
+        }
+        executable(&part, member.to)?;
+        fs_err::rename(&part, member.to)?;
     }
-    fs_err::rename(&library, target)?;
+    Ok(())
+}
+
+/// Lets a program of a toolkit be run: archives do not always say that it is one.
+fn executable(part: &Path, to: &Path) -> io::Result<()> {
+    #[cfg(unix)]
+    if to.parent().is_some_and(|p| p.ends_with("bin")) {
+        use std::os::unix::fs::PermissionsExt as _;
+        fs_err::set_permissions(part, std::fs::Permissions::from_mode(0o755))?;
+    }
     Ok(())
 }
 
@@ -78,8 +132,8 @@ impl Drop for WorkDirectory {
 }
 
 /// Runs the first installer that starts. One that starts and fails ends the search: its message is the one to show.
-fn download(installers: &[Installer], plugin: &'static PinnedPlugin, into: &Path) -> Result<(), LocateError> {
-    let requirement = format!("{}=={}", plugin.package, plugin.version);
+fn download(installers: &[Installer], wheel: Wheel, file: &'static str, into: &Path) -> Result<(), LocateError> {
+    let requirement = format!("{}=={}", wheel.package, wheel.version);
     let pip: [&OsStr; 10] = [
         "download".as_ref(),
         "--quiet".as_ref(),
@@ -114,9 +168,9 @@ fn download(installers: &[Installer], plugin: &'static PinnedPlugin, into: &Path
             tried.push(format!("{program}: has no pip"));
             continue;
         }
-        return Err(LocateError::DownloadFailed { command: shown, message: tail(&message), file: plugin.file });
+        return Err(LocateError::DownloadFailed { command: shown, message: tail(&message), file });
     }
-    Err(LocateError::NoInstaller { package: plugin.package, version: plugin.version, tried: tried.join(", ") })
+    Err(LocateError::NoInstaller { package: wheel.package, version: wheel.version, tried: tried.join(", ") })
 }
 
 /// The last lines of what a command printed, on one line.

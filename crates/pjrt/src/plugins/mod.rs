@@ -7,5 +7,5 @@ pub(crate) mod hash;
 mod locate;
 mod table;
 
-pub use locate::{LocateError, LocateOptions, Located, Origin, PLUGIN_VARIABLE, cache_dir, locate};
-pub use table::{PINNED, Pin, PinnedPlugin, by_sha256, candidates};
+pub use locate::{LocateError, LocateOptions, Located, Origin, PLUGIN_VARIABLE, cache_dir, locate, locate_tools};
+pub use table::{PINNED, Pin, PinnedPlugin, PinnedTool, TOOLS, ToolFile, by_sha256, candidates, tools};

@@ -76,7 +76,7 @@ pub const PINNED: &[PinnedPlugin] = &[
             wheel: "5899bb6177eda86ea532afb9a26794f2bdd04966f6a01f9028266b16c2b6cf90",
             library: "b6de513893c09af2c77e71afcef46d9706f8c259337cdef4cd5cae2353886f75",
         },
-        note: "PJRT 0.116; wants NVIDIA's CUDA 13 libraries on the library path; not yet run on a device by this project",
+        note: "PJRT 0.116; wants NVIDIA's CUDA 13 libraries on the library path; compiled with for absent devices, not yet run on one by this project",
     },
     PinnedPlugin {
         platform: "cuda12",
@@ -112,14 +112,103 @@ pub const PINNED: &[PinnedPlugin] = &[
             wheel: "f76ab1f4d697c346371c50058796f6baa93317b89be8cf8a1012715a2655120d",
             library: "f86de4d04a058e6b5101f73e0824b95f27e2cec996d2b9191d9cffda75c03077",
         },
-        note: "PJRT 0.117; not yet run on a device by this project",
+        note: "PJRT 0.117; compiled with for absent devices, not yet run on one by this project",
     },
 ];
 
-/// The plugins of a platform for the machine this program was built for, the preferred one first.
+/// A file of a wheel with tools.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ToolFile {
+    /// Its path inside the wheel.
+    pub member: &'static str,
+    /// Its path inside the directory of tools.
+    pub to: &'static str,
+    /// Its SHA-256.
+    pub sha256: &'static str,
+}
+
+/// A wheel with tools that a platform's compiler calls: the plugin alone cannot compile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PinnedTool {
+    /// The platform.
+    pub platform: &'static str,
+    /// The package.
+    pub package: &'static str,
+    /// The version.
+    pub version: &'static str,
+    /// The machine it is for.
+    pub target: &'static str,
+    /// SHA-256 of the wheel.
+    pub wheel: &'static str,
+    /// What is taken from it.
+    pub files: &'static [ToolFile],
+}
+
+/// Every wheel with tools.
+pub const TOOLS: &[PinnedTool] = &[
+    PinnedTool {
+        platform: "cuda13",
+        package: "nvidia-cuda-nvcc",
+        version: "13.2.78",
+        target: "x86_64-linux",
+        wheel: "c3bd144dd9b6b25e062589acb7bbd43d93d3120c72fad71da808f9817aba1239",
+        files: &[
+            ToolFile {
+                member: "nvidia/cu13/bin/ptxas",
+                to: "bin/ptxas",
+                sha256: "a0212ca1a74ca4877e8d063baa1dd0b075fcd255fb6ab9e8a6bf98a276a2d6e8",
+            },
+            ToolFile {
+                member: "nvidia/cu13/bin/nvlink",
+                to: "bin/nvlink",
+                sha256: "c536c0347d087ebd502e67e23b5af61022bddc2dd75cb1a455e8b240c52e38f0",
+            },
+            ToolFile {
+                member: "nvidia/cu13/bin/fatbinary",
+                to: "bin/fatbinary",
+                sha256: "1c88c856090c4f622c8b54c87a835f5d702d37ddc02959af2717f696945aac0d",
+            },
+        ],
+    },
+    PinnedTool {
+        platform: "cuda13",
+        package: "nvidia-nvvm",
+        version: "13.2.78",
+        target: "x86_64-linux",
+        wheel: "f5aa433631109bbdec81802c5b5f319bf10bc891fe2f212e4e445845211d6f77",
+        files: &[ToolFile {
+            member: "nvidia/cu13/nvvm/libdevice/libdevice.10.bc",
+            to: "nvvm/libdevice/libdevice.10.bc",
+            sha256: "0c6b4d4e4c033e2faffcc6f671c68fec5e813020845a5a08f1dbdd35c19629d6",
+        }],
+    },
+];
+
+/// The machine this program was built for, as the table calls it.
+pub(super) fn this_machine() -> String {
+    format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS)
+}
+
+/// A platform by its own name, or by that of its newest release.
+fn canonical(platform: &str) -> &str {
+    match platform {
+        "cuda" => "cuda13",
+        "rocm" => "rocm7",
+        other => other,
+    }
+}
+
+/// The plugins of a platform for the machine this program was built for, the preferred one first. `cuda` and `rocm` are
+/// their newest releases.
 pub fn candidates(platform: &str) -> impl Iterator<Item = &'static PinnedPlugin> {
-    let target = format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS);
+    let (platform, target) = (canonical(platform), this_machine());
     PINNED.iter().filter(move |p| p.platform == platform && p.target == target)
+}
+
+/// The tools of a platform for the machine this program was built for.
+pub fn tools(platform: &str) -> impl Iterator<Item = &'static PinnedTool> {
+    let (platform, target) = (canonical(platform), this_machine());
+    TOOLS.iter().filter(move |t| t.platform == platform && t.target == target)
 }
 
 /// The plugin whose library has this hash.
@@ -146,5 +235,18 @@ mod tests {
             assert_eq!(by_sha256(p.pin.library), Some(p));
         }
         assert!(by_sha256("").is_none());
+        for tool in TOOLS {
+            assert!(PINNED.iter().any(|p| p.platform == tool.platform), "{}", tool.package);
+            for hash in tool.files.iter().map(|f| f.sha256).chain([tool.wheel]) {
+                assert!(hash.len() == 64 && hash.bytes().all(|b| b.is_ascii_hexdigit()), "{}", tool.package);
+            }
+            assert!(tool.files.iter().all(|f| !f.to.starts_with('/') && !f.to.contains("..")), "{}", tool.package);
+        }
+    }
+
+    #[test]
+    fn short_names_are_the_newest_release() {
+        assert!(candidates("cuda").eq(candidates("cuda13")) && candidates("rocm").eq(candidates("rocm7")));
+        assert!(tools("cuda").eq(tools("cuda13")) && tools("tpu").next().is_none());
     }
 }

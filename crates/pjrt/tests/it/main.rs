@@ -10,3 +10,4 @@ mod devices;
 mod fetching;
 mod memory;
 mod mistakes;
+mod topology;
