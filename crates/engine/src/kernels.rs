@@ -40,6 +40,18 @@ pub fn set_threads(threads: usize) -> bool {
     is_new || pool.threads() == threads
 }
 
+/// The best speed, in bytes a second, at which these threads read memory in a few tries: what products of few rows are
+/// measured against.
+///
+/// # Errors
+/// When there is no memory for it (1 GiB).
+pub fn read_bandwidth() -> crate::Result<f64> {
+    const BYTES: usize = 1 << 30;
+    let times = ::kernels::reading_times(pool(), BYTES, 4).map_err(|e| crate::EngineError::Input(e.to_string()))?;
+    let best = times.iter().min().map_or(f64::NAN, std::time::Duration::as_secs_f64);
+    Ok(BYTES as f64 / best)
+}
+
 /// Makes the products known to a plugin. To be done before a program that calls them is compiled or loaded from a cache.
 ///
 /// # Errors

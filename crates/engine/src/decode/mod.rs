@@ -40,7 +40,7 @@ pub struct DecodeOptions {
     /// What multiplies few rows of activations with weights.
     pub products: Products,
     /// Weights of those products are quantized to this; longer chunks of prompts use them as stored.
-    pub quantize: Option<Format>,
+    pub quantize: Option<Quantization>,
 }
 
 /// What multiplies few rows of activations with weights, as every decode step does.
@@ -52,6 +52,42 @@ pub enum Products {
     Kernels,
     /// The program, like any other product.
     Program,
+}
+
+/// A narrower form of weights: whole numbers with a scale for each group of columns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Quantization {
+    /// 8 bits a number.
+    Int8,
+    /// 4 bits a number.
+    Int4,
+}
+
+impl Quantization {
+    /// Its name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Quantization::Int8 => "int8",
+            Quantization::Int4 => "int4",
+        }
+    }
+
+    const fn format(self) -> Format {
+        match self {
+            Quantization::Int8 => Format::Int8,
+            Quantization::Int4 => Format::Int4,
+        }
+    }
+}
+
+impl std::str::FromStr for Quantization {
+    type Err = String;
+
+    fn from_str(s: &str) -> std::result::Result<Self, String> {
+        let all = [Quantization::Int8, Quantization::Int4];
+        all.into_iter().find(|q| q.name() == s).ok_or_else(|| format!("{s:?} is neither int8 nor int4"))
+    }
 }
 
 /// Rows of activations up to which the kernels multiply.
@@ -139,7 +175,13 @@ impl<'r> Decoder<'r> {
             return bad("quantized weights are multiplied with on a CPU only, and not by the program".into());
         }
         let matrices = match kernels {
-            true => Some(Matrices::new(runtime, &model, options.dtype, options.quantize, &mut placed)?),
+            true => Some(Matrices::new(
+                runtime,
+                &model,
+                options.dtype,
+                options.quantize.map(Quantization::format),
+                &mut placed,
+            )?),
             false => None,
         };
         let lengths = vec![0; options.sequences];
@@ -216,14 +258,18 @@ impl<'r> Decoder<'r> {
         let start = std::time::Instant::now();
         let mut left = tokens.min(self.options.context);
         self.grow(self.needed(&vec![left; self.options.sequences]))?;
+        let mut wanted = vec![self.cached_options(1, true, true)];
         let mut past = false;
         while left > 0 {
             let chunk = next_chunk(&self.options.chunks, left);
             left -= left.min(chunk);
-            self.program(chunk, past, left == 0)?;
+            let options = self.cached_options(chunk, past, left == 0);
+            if !wanted.contains(&options) {
+                wanted.push(options);
+            }
             past = true;
         }
-        self.program(1, true, true)?;
+        self.compile(&wanted)?;
         Ok(start.elapsed())
     }
 
@@ -251,21 +297,24 @@ impl<'r> Decoder<'r> {
         let capacity = capacity_for(positions);
         let client = self.runtime.client();
         let arrays = cache_arrays(self.model.arch(), self.options.sequences, capacity, self.ring());
-        let mut old = std::mem::take(&mut self.cache).into_iter();
-        for array in arrays {
-            let buffer = match old.next() {
-                Some(old) if *old.shape() == array.shape => old,
-                Some(old) => client.buffer_from_host(&widened(&old.to_host()?, &array.shape)?, 0)?,
-                None => client.buffer_from_host(&HostArray::zeros(self.options.dtype, array.shape)?, 0)?,
-            };
-            self.cache.push(buffer);
+        let same = |old: &Buffer, shape: &Shape| old.shape() == shape;
+        // Everything that can fail comes before anything changes.
+        let mut made = Vec::with_capacity(arrays.len());
+        for (i, array) in arrays.iter().enumerate() {
+            made.push(match self.cache.get(i) {
+                Some(old) if same(old, &array.shape) => None,
+                Some(old) => Some(client.buffer_from_host(&widened(&old.to_host()?, &array.shape)?, 0)?),
+                None => Some(client.buffer_from_host(&HostArray::zeros(self.options.dtype, array.shape.clone())?, 0)?),
+            });
         }
+        let old = std::mem::take(&mut self.cache).into_iter().map(Some).chain(std::iter::repeat_with(|| None));
+        self.cache = made.into_iter().zip(old).filter_map(|(new, old)| new.or(old)).collect();
         self.capacity = capacity;
         Ok(())
     }
 
-    fn program(&mut self, chunk: usize, past: bool, logits: bool) -> Result<Arc<programs::Fed>> {
-        let options = CachedOptions {
+    fn cached_options(&self, chunk: usize, past: bool, logits: bool) -> CachedOptions {
+        CachedOptions {
             batch: self.options.sequences,
             chunk,
             capacity: self.capacity,
@@ -276,29 +325,38 @@ impl<'r> Decoder<'r> {
             past: chunk == 1 || past,
             logits,
             called_rows: if self.matrices.is_some() { CALLED_ROWS } else { 0 },
-        };
+        }
+    }
+
+    /// Compiles programs and places the weights they read, so far as that is not done yet.
+    fn compile(&mut self, wanted: &[CachedOptions]) -> Result<()> {
         let dtype = self.options.dtype;
-        let stored = |name: &str| match (name, &self.per_layer) {
-            (input::EMBED_ROWS, _) => self.embed.dtype(),
+        let (model, per_layer, embed) = (&self.model, &self.per_layer, &self.embed);
+        let stored = |name: &str| match (name, per_layer) {
+            (input::EMBED_ROWS, _) => embed.dtype(),
             (EMBED_TOKENS_PER_LAYER, Some(table)) => table.dtype(),
             // Names are those of the parameter table.
-            _ => self.model.dtype(name).map_or(dtype, |d| placed_as(d, dtype)),
+            _ => model.dtype(name).map_or(dtype, |d| placed_as(d, dtype)),
         };
-        let fed = self.programs.get(self.runtime, self.model.arch(), &options, &stored)?;
-        for name in &fed.params {
+        self.programs.compile(self.runtime, model.arch(), wanted, &stored)?;
+        let programs: Vec<Arc<programs::Fed>> = wanted.iter().filter_map(|o| self.programs.get(o)).collect();
+        for name in programs.iter().flat_map(|fed| &fed.params) {
             if !self.weights.contains_key(name) {
                 let (buffer, placement) = place(self.runtime, &self.model, name, dtype)?;
                 self.placed.count(placement, buffer.size_in_bytes());
                 self.weights.insert(name.clone(), buffer);
             }
         }
-        Ok(fed)
+        Ok(())
     }
 
     /// One chunk. Returns `[sequences, vocab]` logits where they are wanted.
     fn run(&mut self, tokens: &[&[i32]], chunk: usize, logits: bool) -> Result<Option<HostArray>> {
         let past = self.lengths.iter().any(|&l| l > 0);
-        let fed = self.program(chunk, past, logits)?;
+        let options = self.cached_options(chunk, past, logits);
+        self.compile(&[options])?;
+        let missing = || EngineError::Input("a program over a cache lacks an array".into());
+        let fed = self.programs.get(&options).ok_or_else(missing)?;
         let client = self.runtime.client();
         let n = self.options.sequences;
         let mut ids = Vec::with_capacity(n * chunk);
@@ -317,12 +375,21 @@ impl<'r> Decoder<'r> {
         }
         inputs.push(ints(self.lengths.iter().map(|&l| as_i32(l)).collect())?);
         inputs.push(ints(tokens.iter().map(|t| as_i32(t.len())).collect())?);
-        let missing = || EngineError::Input("a program over a cache lacks an array".into());
         let weights =
             fed.params.iter().map(|name| self.weights.get(name).ok_or_else(missing)).collect::<Result<Vec<_>>>()?;
         let session = self.matrices.iter().map(|m| &m.id);
         let arguments: Vec<&Buffer> = inputs.iter().chain(session).chain(&self.cache).chain(weights).collect();
-        let mut outputs = fed.executable.execute(&arguments)?;
+        let mut outputs = match fed.executable.execute(&arguments) {
+            Ok(outputs) => outputs,
+            Err(error) => {
+                // The arrays were given away: what the slots held is lost.
+                self.cache.clear();
+                self.capacity = 0;
+                self.lengths.fill(0);
+                self.grow(1)?;
+                return Err(error.into());
+            }
+        };
         let rows = if logits { Some(outputs.pop().ok_or_else(missing)?) } else { None };
         self.cache = outputs;
         for (length, t) in self.lengths.iter_mut().zip(tokens) {

@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use gemma4::Arch;
 use gemma4::cached::{CachedOptions, cached_program, input};
 use pjrt::Executable;
+use rayon::prelude::*;
 use tensor::DType;
 
 use crate::forward::CompileTimes;
@@ -31,28 +33,37 @@ impl Programs {
         self.times
     }
 
-    /// The program for `options`, compiled if need be. `stored` gives the dtype of parameters, and of
-    /// the token table's rows under [`input::EMBED_ROWS`].
-    pub(super) fn get(
+    /// A program that has been compiled.
+    pub(super) fn get(&self, options: &CachedOptions) -> Option<Arc<Fed>> {
+        self.compiled.get(options).cloned()
+    }
+
+    /// Compiles those programs that are not there yet, side by side. `stored` gives the dtype of parameters, and of the token table's rows under [`input::EMBED_ROWS`].
+    pub(super) fn compile(
         &mut self,
         runtime: &Runtime,
         arch: &Arch,
-        options: &CachedOptions,
-        stored: &dyn Fn(&str) -> DType,
-    ) -> Result<Arc<Fed>> {
-        if let Some(fed) = self.compiled.get(options) {
-            return Ok(fed.clone());
+        wanted: &[CachedOptions],
+        stored: &(dyn Fn(&str) -> DType + Sync),
+    ) -> Result<()> {
+        let start = Instant::now();
+        let new = wanted.par_iter().filter(|&o| !self.compiled.contains_key(o)).map(|options| {
+            let program = cached_program(arch, options, stored)?;
+            let fixed = [input::EMBED_ROWS, input::PLE_ROWS, input::START, input::COUNT, input::SESSION];
+            let is_param = |name: &str| !fixed.contains(&name) && !name.starts_with("cache.");
+            let params = program.inputs.iter().filter(|i| is_param(&i.name)).map(|i| i.name.clone()).collect();
+            let compiled = runtime.compile(&program, &compile_options(options.dtype))?;
+            Ok((*options, Fed { executable: compiled.executable, params }, compiled.cached))
+        });
+        let new: Vec<(CachedOptions, Fed, bool)> = new.collect::<Result<_>>()?;
+        if !new.is_empty() {
+            self.times.total += start.elapsed();
         }
-        let program = cached_program(arch, options, stored)?;
-        let fixed = [input::EMBED_ROWS, input::PLE_ROWS, input::START, input::COUNT, input::SESSION];
-        let is_param = |name: &str| !fixed.contains(&name) && !name.starts_with("cache.");
-        let params = program.inputs.iter().filter(|i| is_param(&i.name)).map(|i| i.name.clone()).collect();
-        let compiled = runtime.compile(&program, &compile_options(options.dtype))?;
-        self.times.programs += 1;
-        self.times.cached += usize::from(compiled.cached);
-        self.times.total += compiled.time;
-        let fed = Arc::new(Fed { executable: compiled.executable, params });
-        self.compiled.insert(*options, fed.clone());
-        Ok(fed)
+        for (options, fed, cached) in new {
+            self.times.programs += 1;
+            self.times.cached += usize::from(cached);
+            self.compiled.insert(options, Arc::new(fed));
+        }
+        Ok(())
     }
 }

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use engine::decode::{DecodeOptions, Decoder};
+use engine::decode::{DecodeOptions, Decoder, Quantization};
 use engine::generate::LanguageModel;
+use engine::kernels::read_bandwidth;
 use serde_json::json;
 use tensor::DType;
 
@@ -27,6 +28,9 @@ struct Common {
     /// Timed runs, after one that is not counted.
     #[arg(long, default_value_t = 5)]
     repeat: usize,
+    /// Weights of products with few rows: int8 or int4 instead of as stored.
+    #[arg(long, value_name = "FORMAT")]
+    quantize: Option<Quantization>,
     /// Print the figures as JSON on stdout.
     #[arg(long)]
     json: bool,
@@ -63,7 +67,13 @@ pub(super) struct PrefillArgs {
 
 impl Common {
     fn options(&self, context: usize) -> DecodeOptions {
-        DecodeOptions { sequences: self.sequences, context, dtype: self.dtype, ..DecodeOptions::default() }
+        DecodeOptions {
+            sequences: self.sequences,
+            context,
+            dtype: self.dtype,
+            quantize: self.quantize,
+            ..DecodeOptions::default()
+        }
     }
 }
 
@@ -84,6 +94,7 @@ pub(super) fn decode(ui: &Ui, args: &DecodeArgs) -> CommandResult {
     let compile = decoder.prepare(args.prompt)?;
     let prompt = ids(args.prompt, vocab);
     let mut times = Vec::new();
+    let mut bandwidth = read_bandwidth()?;
     for run in 0..=common.repeat {
         decoder.reset();
         decoder.feed(&vec![prompt.as_slice(); common.sequences])?;
@@ -96,6 +107,7 @@ pub(super) fn decode(ui: &Ui, args: &DecodeArgs) -> CommandResult {
             times.push(start.elapsed() / u32::try_from(args.tokens).unwrap_or(u32::MAX));
         }
     }
+    bandwidth = bandwidth.max(read_bandwidth()?);
     let (median, min) = median_and_min(times);
     let bytes = decoder.bytes_per_step() as f64;
     let rate = common.sequences as f64 / median;
@@ -103,15 +115,18 @@ pub(super) fn decode(ui: &Ui, args: &DecodeArgs) -> CommandResult {
         ui.json(&json!({
             "model": common.model, "dtype": common.dtype.name(), "sequences": common.sequences,
             "median_seconds": median, "min_seconds": min, "tokens_per_second": rate,
-            "bytes_per_step": bytes, "bytes_per_second": bytes / median, "compile_seconds": compile.as_secs_f64(),
+            "bytes_per_step": bytes, "bytes_per_second": bytes / median, "read_bandwidth": bandwidth, "compile_seconds": compile.as_secs_f64(),
         }))?;
     } else {
         ui.data(format!(
-            "step: median {:.1} ms, min {:.1} ms, {rate:.2} tokens/s, {:.2} GB of weights at {:.1} GB/s ({} to prepare)",
+            "step: median {:.1} ms, min {:.1} ms, {rate:.2} tokens/s, {:.2} GB of weights at {:.1} GB/s, {:.0} % of \
+             {:.1} GB/s ({} to prepare)",
             median * 1e3,
             min * 1e3,
             bytes / 1e9,
             bytes / median / 1e9,
+            100.0 * bytes / median / bandwidth,
+            bandwidth / 1e9,
             seconds(compile)
         ));
     }
