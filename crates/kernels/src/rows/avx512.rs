@@ -8,6 +8,8 @@ use crate::product::Sums;
 
 /// Elements of a step.
 const STEP: usize = 32;
+/// Most bytes of `x` that stay in the first cache beside the weights passing through.
+const STREAMED_X: usize = 16 << 10;
 
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(super) fn sums(
@@ -19,12 +21,14 @@ pub(super) fn sums(
     stride: usize,
     sums: &mut Sums,
 ) {
-    let mut first = rows.start;
-    let mut at = 0;
-    // Both divide a whole unit, so that which one a row gets into does not depend on anything but m.
+    // One row after the other is one stream of memory, which processors read fastest (AVX-512, 1536 columns: 23 GB/s
+    // of one core against 13 for four rows at a time). It needs all of x for each row, so x has to stay in the first
+    // cache; where it does not, or there are several rows of it, rows share what is read of it.
+    let m = x.len() / stride.max(1);
+    let is_one_stream = m == 1 && size_of_val(x) <= STREAMED_X;
+    let (mut first, mut at) = (rows.start, 0);
     while first < rows.end {
-        let m = x.len() / stride.max(1);
-        let left = rows.end - first;
+        let left = if is_one_stream { 1 } else { rows.end - first };
         macro_rules! blocks {
             ($($m:literal: $r:literal),*) => {
                 match (format, m) {
@@ -32,7 +36,7 @@ pub(super) fn sums(
                       (Format::F32, $m) if left >= $r => ($r, block::<F32, $r, $m>(weights, first, k, x, stride, sums, at)),
                       (Format::Bf16, $m) => (1, block::<Bf16, 1, $m>(weights, first, k, x, stride, sums, at)),
                       (Format::F32, $m) => (1, block::<F32, 1, $m>(weights, first, k, x, stride, sums, at)),)*
-                    _ => (left, ()),
+                    _ => (rows.end - first, ()),
                 }
             };
         }
@@ -136,9 +140,11 @@ fn block<W: Widen, const R: usize, const M: usize>(
     for j in (0..whole).step_by(STEP) {
         for r in 0..R {
             let from = w.wrapping_add(r * pitch + j * W::SIZE);
-            _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(R * pitch).cast());
-            if W::SIZE == 4 {
-                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(R * pitch + 64).cast());
+            if R > 1 {
+                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(R * pitch).cast());
+                if W::SIZE == 4 {
+                    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(R * pitch + 64).cast());
+                }
             }
             // SAFETY: the step lies within row r of the weights.
             add(j, r, unsafe { W::load(from) });
