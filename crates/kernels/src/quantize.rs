@@ -50,7 +50,6 @@ impl Matrix {
                 }
             }
         });
-        drop(tiles);
         match bad_row.into_inner() {
             usize::MAX => {}
             row => return Err(KernelError::NotFinite { row }),
