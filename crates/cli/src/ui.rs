@@ -72,6 +72,13 @@ impl Ui {
         self.start(bar, label)
     }
 
+    /// A bar over a count. Hidden where nobody looks.
+    pub(crate) fn count_bar(&self, label: &str, total: u64) -> ProgressBar {
+        let bar = ProgressBar::new(total);
+        bar.set_style(style("{prefix} {wide_bar} {human_pos}/{human_len} {eta}"));
+        self.start(bar, label)
+    }
+
     /// A spinner for a step of unknown length.
     pub(crate) fn spinner(&self, label: &str) -> ProgressBar {
         let bar = ProgressBar::new_spinner();

@@ -1,17 +1,20 @@
 //! One module for each command.
 
 pub(crate) mod bench;
+pub(crate) mod chat;
 pub(crate) mod compile;
 pub(crate) mod config;
 pub(crate) mod convert;
 pub(crate) mod diff;
 pub(crate) mod doctor;
 pub(crate) mod flops;
+pub(crate) mod generate;
 pub(crate) mod init;
 pub(crate) mod inspect;
 pub(crate) mod plugin;
 pub(crate) mod quickstart;
 pub(crate) mod report;
+pub(crate) mod score;
 pub(crate) mod train;
 pub(crate) mod verify;
 

@@ -11,11 +11,16 @@ use checkpoint::copy::CopyOptions;
 use config::{Config, Sources};
 use engine::convert::diff::{Sides, diff};
 use engine::convert::{Convention, Hints, Settings, Weights, plan};
+use engine::data::Tokenizer;
+use engine::decode::{DecodeOptions, Decoder};
+use engine::generate::{
+    Finish, GenerateError, GenerationConfig, Sampler, Sampling, Sequence, Writer, encode_text, generate,
+};
 use engine::golden::Golden;
 use engine::init::{InitOptions, write_random};
 use engine::train::{Event, TrainOptions, train};
 use engine::verify::{Tolerances, against_golden};
-use engine::{Batch, Model, Runtime, Session};
+use engine::{Model, Runtime, Session};
 use gemma4::arch::KvSource;
 use gemma4::decoder::Trace;
 use serde_json::{Value, json};
@@ -63,7 +68,7 @@ const MARGIN: f64 = 0.10;
 const SAMPLES: usize = 16;
 const ROOM: usize = 64;
 const NEEDED: usize = 12;
-const TEMPERATURE: f64 = 0.7;
+const TEMPERATURE: f32 = 0.7;
 
 pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     let start = Instant::now();
@@ -267,49 +272,31 @@ fn there_and_back(ui: &Ui, trained: &Path, dir: &Path) -> Result<Value, Failure>
     Ok(json!({ "equal": report.equal, "compared": report.compared, "seconds": clock.elapsed().as_secs_f64() }))
 }
 
-/// Numbers of the tokenizer `bytes`.
-const START: i32 = 2;
-const END: i32 = 1;
-const FIRST_BYTE: i32 = 4;
-
 /// Samples sentences and asks the grammar.
 fn sample(ui: &Ui, runtime: &Runtime, trained: &Path) -> Result<Value, Failure> {
     let clock = Instant::now();
-    let session = Session::new(runtime, Arc::new(Model::open(trained)?), DType::F32)?;
-    let mut ids = vec![0; SAMPLES * ROOM];
-    let mut ended = [false; SAMPLES];
-    ids.iter_mut().step_by(ROOM).for_each(|id| *id = START);
-    let mut draws = grammar::Draws::new(SEED, "samples");
-    // Every token runs the whole sequence again. What lies behind a position is not seen by it.
-    for t in 1..ROOM {
-        let batch = Batch { batch: SAMPLES, seq: ROOM, ids: ids.clone(), segments: None };
-        let last = session.forward(&batch, Trace::None)?.last;
-        let rows: Vec<usize> = (0..SAMPLES).map(|i| i * ROOM + t - 1).collect();
-        let vocab = session.model().arch().vocab_size();
-        session.logits(&last, &rows, |_, logits| {
-            for (i, row) in logits.chunks_exact(vocab).enumerate() {
-                let id = choose(row, draws.unit());
-                ended[i] |= id == END;
-                ids[i * ROOM + t] = if ended[i] { END } else { id };
-            }
-            Ok(())
-        })?;
-        if ended.iter().all(|&e| e) {
-            break;
-        }
-    }
-    let texts: Vec<String> = ids
-        .chunks_exact(ROOM)
-        .map(|row| {
-            let text: Vec<u8> = row[1..]
-                .iter()
-                .take_while(|&&id| id != END)
-                .map(|&id| u8::try_from(id - FIRST_BYTE).unwrap_or(b'?'))
-                .collect();
-            String::from_utf8_lossy(&text).into_owned()
-        })
+    let options = DecodeOptions { sequences: SAMPLES, context: ROOM, dtype: DType::F32, ..DecodeOptions::default() };
+    let mut model = Decoder::new(runtime, Arc::new(Model::open(trained)?), options)?;
+    let tokenizer = Tokenizer::bytes();
+    let start = encode_text(&tokenizer, "")?;
+    let stop_ids = GenerationConfig::default().stop_ids(Some(&tokenizer), false);
+    let sampling = Sampling { do_sample: true, temperature: TEMPERATURE, seed: SEED, ..Sampling::default() };
+    let mut samplers =
+        (0..SAMPLES).map(|i| Sampler::new(sampling.clone(), i, None)).collect::<Result<Vec<_>, GenerateError>>()?;
+    let mut sequences: Vec<Sequence<'_>> = samplers
+        .iter_mut()
+        .map(|sampler| Sequence { prompt: &start, sampler, max_new_tokens: ROOM - start.len() })
         .collect();
-    let valid = texts.iter().zip(ended).filter(|(t, ended)| *ended && grammar::accepts(t)).count();
+    let mut writers: Vec<Writer<'_>> = (0..SAMPLES).map(|_| Writer::new(Some(&tokenizer), false, &[])).collect();
+    let (ends, _) = generate(&mut model, &mut sequences, &stop_ids, |slot, choice| {
+        writers[slot].take(choice, &stop_ids, &mut |_| {})
+    })?;
+    for writer in &mut writers {
+        writer.finish(&mut |_| {})?;
+    }
+    let texts: Vec<String> = writers.into_iter().map(|w| w.response.answer).collect();
+    let ended = |end: &Finish| matches!(end, Finish::StopToken(_));
+    let valid = texts.iter().zip(&ends).filter(|(t, end)| ended(end) && grammar::accepts(t)).count();
     for text in texts.iter().take(4) {
         ui.say(format!("  {text}"));
     }
@@ -326,16 +313,4 @@ fn sample(ui: &Ui, runtime: &Runtime, trained: &Path) -> Result<Value, Failure> 
         "valid": valid, "of": SAMPLES, "temperature": TEMPERATURE, "texts": texts,
         "seconds": clock.elapsed().as_secs_f64(),
     }))
-}
-
-/// A token by its probability, for a number from 0 to below 1.
-fn choose(logits: &[f32], u: f64) -> i32 {
-    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let weights: Vec<f64> = logits.iter().map(|&x| (f64::from(x - top) / TEMPERATURE).exp()).collect();
-    let mut left = u * weights.iter().sum::<f64>();
-    let at = weights.iter().position(|w| {
-        left -= w;
-        left < 0.0
-    });
-    i32::try_from(at.unwrap_or(weights.len() - 1)).unwrap_or(END)
 }

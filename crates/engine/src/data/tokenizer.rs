@@ -25,6 +25,8 @@ pub struct Tokenizer {
     pub eos: Option<u32>,
     /// Token of padding, if there is one.
     pub pad: Option<u32>,
+    /// What `add_bos_token` of tokenizer_config.json says, if anything.
+    pub add_bos: Option<bool>,
     name: String,
     fingerprint: String,
     largest_id: u32,
@@ -46,6 +48,7 @@ impl Tokenizer {
             bos: Some(2),
             eos: Some(1),
             pad: Some(0),
+            add_bos: None,
             name: BYTES.to_owned(),
             fingerprint: BYTES.to_owned(),
             largest_id: BYTES_VOCAB_SIZE as u32 - 1,
@@ -100,7 +103,8 @@ impl Tokenizer {
             inner.get_vocab(true).into_values().max().ok_or_else(|| wrong("it has no token".to_owned()))?;
         let fingerprint = format!("crc32c {:08x}, bos {bos:?}, eos {eos:?}, pad {pad:?}", crc32c::crc32c(&bytes));
         let name = file.display().to_string();
-        Ok(Tokenizer { kind: Kind::HuggingFace(Box::new(inner)), bos, eos, pad, name, fingerprint, largest_id })
+        let (kind, add_bos) = (Kind::HuggingFace(Box::new(inner)), special.add_bos);
+        Ok(Tokenizer { kind, bos, eos, pad, add_bos, name, fingerprint, largest_id })
     }
 
     /// Its file, or `bytes`.
@@ -113,6 +117,53 @@ impl Tokenizer {
     #[must_use]
     pub fn largest_id(&self) -> u32 {
         self.largest_id
+    }
+
+    /// Id of a special token by its text.
+    #[must_use]
+    pub fn special_id(&self, token: &str) -> Option<u32> {
+        match &self.kind {
+            Kind::Bytes => None,
+            Kind::HuggingFace(inner) => inner.token_to_id(token).filter(|id| self.is_special(*id)),
+        }
+    }
+
+    /// Whether an id is a special token, which text does not show.
+    #[must_use]
+    pub fn is_special(&self, id: u32) -> bool {
+        match &self.kind {
+            Kind::Bytes => id < BYTE_OFFSET,
+            Kind::HuggingFace(inner) => {
+                inner.get_added_vocabulary().get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
+            }
+        }
+    }
+
+    /// The text of a token as the vocabulary has it, `▁` for a space and all.
+    #[must_use]
+    pub fn token(&self, id: u32) -> Option<String> {
+        match &self.kind {
+            Kind::Bytes => None,
+            Kind::HuggingFace(inner) => inner.id_to_token(id),
+        }
+    }
+
+    /// The byte that a token stands for, if it stands for a byte: text beyond the vocabulary is written in such tokens.
+    #[must_use]
+    pub fn byte(&self, id: u32) -> Option<u8> {
+        match &self.kind {
+            Kind::Bytes => id.checked_sub(BYTE_OFFSET).and_then(|byte| u8::try_from(byte).ok()),
+            Kind::HuggingFace(inner) => {
+                let falls_back = match inner.get_model() {
+                    tokenizers::ModelWrapper::BPE(bpe) => bpe.byte_fallback,
+                    tokenizers::ModelWrapper::Unigram(unigram) => unigram.byte_fallback(),
+                    _ => false,
+                };
+                let token = inner.id_to_token(id).filter(|_| falls_back)?;
+                let digits = token.strip_prefix("<0x")?.strip_suffix('>').filter(|digits| digits.len() == 2)?;
+                u8::from_str_radix(digits, 16).ok()
+            }
+        }
     }
 
     /// What tells it from another tokenizer.
@@ -157,6 +208,7 @@ struct SpecialTokens {
     bos: Option<String>,
     eos: Option<String>,
     pad: Option<String>,
+    add_bos: Option<bool>,
 }
 
 impl SpecialTokens {
@@ -172,7 +224,8 @@ impl SpecialTokens {
             // Either the token, or an object that describes it.
             value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
         };
-        Ok(SpecialTokens { bos: token("bos_token"), eos: token("eos_token"), pad: token("pad_token") })
+        let add_bos = json.get("add_bos_token").and_then(Value::as_bool);
+        Ok(SpecialTokens { bos: token("bos_token"), eos: token("eos_token"), pad: token("pad_token"), add_bos })
     }
 }
 

@@ -1,8 +1,23 @@
 //! From logits to text: what stands between a model on a device and a person.
 
+pub mod chat;
+mod error;
+mod run;
+mod sampling;
+mod settings;
+mod stop;
+mod text;
 mod uncached;
+mod writer;
 
+pub use error::GenerateError;
+pub use run::{Finish, Sequence, Timing, Verdict, generate};
+pub use sampling::{Choice, Sampler, Sampling};
+pub use settings::GenerationConfig;
+pub use stop::StopStrings;
+pub use text::{TextStream, encode_text, encode_written};
 pub use uncached::Uncached;
+pub use writer::Writer;
 
 use crate::{EngineError, Result};
 

@@ -2,38 +2,48 @@
 //!
 //! Slow, and simple enough to be the measure of anything cleverer.
 
+use std::borrow::Borrow;
+use std::marker::PhantomData;
+
 use gemma4::decoder::Trace;
 
 use super::{LanguageModel, check_feed};
 use crate::{Batch, Result, Session};
 
-/// Shortest length a program is compiled for. Longer ones double, so that few programs serve every length.
-const SHORTEST: usize = 16;
+/// Shortest length a program is compiled for, if there is room. Longer ones double, so that few programs serve every length.
+const SHORTEST: usize = 64;
 
-/// A [`LanguageModel`] over a [`Session`] that keeps nothing but the tokens.
+/// A [`LanguageModel`] over a [`Session`], owned or lent, that keeps nothing but the tokens.
 #[derive(Debug)]
-pub struct Uncached<'s, 'r> {
-    session: &'s Session<'r>,
+pub struct Uncached<'r, S> {
+    session: S,
+    runtime: PhantomData<&'r ()>,
     tokens: Vec<Vec<i32>>,
     lengths: Vec<usize>,
     context: usize,
 }
 
-impl<'s, 'r> Uncached<'s, 'r> {
+impl<'r, S: Borrow<Session<'r>>> Uncached<'r, S> {
     /// Empty slots for `sequences` sequences of at most `context` tokens.
     #[must_use]
-    pub fn new(session: &'s Session<'r>, sequences: usize, context: usize) -> Self {
-        Uncached { session, tokens: vec![Vec::new(); sequences], lengths: vec![0; sequences], context }
+    pub fn new(session: S, sequences: usize, context: usize) -> Self {
+        Uncached {
+            session,
+            runtime: PhantomData,
+            tokens: vec![Vec::new(); sequences],
+            lengths: vec![0; sequences],
+            context,
+        }
     }
 }
 
-impl LanguageModel for Uncached<'_, '_> {
+impl<'r, S: Borrow<Session<'r>>> LanguageModel for Uncached<'r, S> {
     fn sequences(&self) -> usize {
         self.tokens.len()
     }
 
     fn vocab_size(&self) -> usize {
-        self.session.model().arch().vocab_size()
+        self.session.borrow().model().arch().vocab_size()
     }
 
     fn lengths(&self) -> &[usize] {
@@ -57,18 +67,19 @@ impl LanguageModel for Uncached<'_, '_> {
             return Ok(logits);
         }
         // Nothing before it sees the padding behind a sequence.
-        let seq = longest.next_power_of_two().max(SHORTEST);
+        let seq = longest.next_power_of_two().max(SHORTEST).min(self.context);
         let mut ids = Vec::with_capacity(self.sequences() * seq);
         for all in &self.tokens {
             ids.extend_from_slice(all);
             ids.resize(ids.len() + seq - all.len(), 0);
         }
         let batch = Batch { batch: self.sequences(), seq, ids, segments: None };
-        let hidden = self.session.forward(&batch, Trace::None)?;
+        let session = self.session.borrow();
+        let hidden = session.forward(&batch, Trace::None)?;
         let fed: Vec<usize> = (0..tokens.len()).filter(|&slot| !tokens[slot].is_empty()).collect();
         let rows: Vec<usize> = fed.iter().map(|&slot| slot * seq + self.lengths[slot] - 1).collect();
         let mut slots = fed.iter();
-        self.session.logits(&hidden.last, &rows, |_, block| {
+        session.logits(&hidden.last, &rows, |_, block| {
             for (row, &slot) in block.chunks_exact(vocab).zip(&mut slots) {
                 logits[slot * vocab..(slot + 1) * vocab].copy_from_slice(row);
             }

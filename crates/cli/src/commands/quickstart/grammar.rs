@@ -31,11 +31,6 @@ impl Draws {
     fn below(&mut self, n: u32) -> usize {
         (self.word() % n) as usize
     }
-
-    /// From 0 to below 1.
-    pub(super) fn unit(&mut self) -> f64 {
-        f64::from(self.word()) / (f64::from(u32::MAX) + 1.0)
-    }
 }
 
 /// A noun phrase, and whether it is plural.
