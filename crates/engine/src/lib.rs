@@ -21,6 +21,7 @@ pub mod peak;
 pub mod rng;
 pub mod rows;
 pub mod runtime;
+pub mod shards;
 pub mod targets;
 pub mod train;
 pub mod train_state;
