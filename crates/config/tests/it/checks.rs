@@ -226,14 +226,11 @@ fn mesh() {
             ("mlp".to_owned(), vec!["tensor".to_owned()]),
         ]
     );
-    assert_eq!(
-        problems(&["logical_axis_rules=[[embed,fsdq]]"]),
-        [
-            "logical_axis_rules (command line): the rule of `embed` names `fsdq`, which is not one of diloco, data, stage, \
-          fsdp, fsdp_transpose, context, context_usp_ulysses, context_autoregressive, tensor, tensor_sequence, expert or \
-          autoregressive"
-        ]
-    );
+    let unknown = problems(&["logical_axis_rules=[[embed,fsdq]]"]);
+    assert_eq!(unknown.len(), 1);
+    let start =
+        "logical_axis_rules (command line): the rule of `embed` names `fsdq`, which is not one of `diloco`, `data`,";
+    assert!(unknown[0].starts_with(start), "{unknown:?}");
     assert_eq!(problems(&["logical_axis_rules=[embed]"]).len(), 1);
     assert_eq!(problems(&["ici_fsdp_parallelism=0"]).len(), 1);
     assert_eq!(
