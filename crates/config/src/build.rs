@@ -9,11 +9,12 @@ use crate::choice::{
 };
 use crate::error::Error;
 use crate::layer::RawConfig;
+use crate::mesh::MESH_AXES;
 use crate::resolved::{
     Checkpoint, CompilationCache, Config, Data, Decode, Lora, Memory, Mesh, Model, Numerics, Optimizer, Output, Run,
     Schedule, Sft,
 };
-use crate::value::Value;
+use crate::value::{AxisRule, Value};
 
 /// Typed reading of values that were checked when they were taken in.
 ///
@@ -62,6 +63,10 @@ impl Reader<'_> {
 
     fn owned(&self, key: &str) -> String {
         self.text(key).to_owned()
+    }
+
+    pub(crate) fn rules(&self, key: &str) -> Vec<AxisRule> {
+        if let Value::Rules(rules) = self.get(key) { rules.clone() } else { Vec::new() }
     }
 
     pub(crate) fn list(&self, key: &str) -> Vec<String> {
@@ -166,6 +171,7 @@ pub(crate) fn resolve(raw: RawConfig) -> Result<Config, Error> {
         "" => PathBuf::from("lapidary_output"),
         path => PathBuf::from(path),
     };
+    let axes = |group: &str| MESH_AXES.map(|axis| r.int(&format!("{group}_{axis}_parallelism")));
     let compilation_cache = match raw.value("jax_cache_dir") {
         Some(Value::Text(dir)) if dir.is_empty() => CompilationCache::Off,
         Some(Value::Text(dir)) => CompilationCache::Directory(PathBuf::from(dir)),
@@ -259,10 +265,11 @@ pub(crate) fn resolve(raw: RawConfig) -> Result<Config, Error> {
             hardware: r.word("hardware", Hardware::from_word, Hardware::Auto),
             pjrt_plugin: r.owned("pjrt_plugin"),
             compilation_cache,
-            data: r.int("ici_data_parallelism"),
-            fsdp: r.int("ici_fsdp_parallelism"),
-            fsdp_transpose: r.int("ici_fsdp_transpose_parallelism"),
-            tensor: r.int("ici_tensor_parallelism"),
+            num_cpu_devices: r.size("num_cpu_devices"),
+            ici: axes("ici"),
+            dcn: axes("dcn"),
+            rules: r.rules("logical_axis_rules"),
+            only_rules: r.bool("override_logical_axis_rules"),
             sharding_tolerance: r.float("sharding_tolerance"),
         },
         output: Output {

@@ -6,6 +6,7 @@ use crate::build::{Reader, model, run, scales};
 use crate::error::Problem;
 use crate::files;
 use crate::layer::{Origin, RawConfig};
+use crate::mesh::MESH_AXES;
 use crate::suggest::listed;
 use crate::value::Value;
 
@@ -274,47 +275,25 @@ impl Check<'_> {
     }
 
     fn mesh(&mut self) {
-        const ICI: [&str; 4] = [
-            "ici_data_parallelism",
-            "ici_fsdp_parallelism",
-            "ici_fsdp_transpose_parallelism",
-            "ici_tensor_parallelism",
-        ];
-        let mut left = Vec::new();
-        for key in ICI.into_iter().chain(["dcn_data_parallelism"]) {
-            match self.read.int(key) {
-                0 => self.report(key, "0 devices is no axis: give a positive number, or -1 for those that are left"),
-                -1 if key.starts_with("ici_") => left.push(key),
-                _ => {}
+        for group in ["ici", "dcn"] {
+            let keys = MESH_AXES.map(|axis| format!("{group}_{axis}_parallelism"));
+            for key in &keys {
+                if self.read.int(key) == 0 {
+                    self.report(key, "0 is no size of an axis: give a positive number, or -1 for what is left");
+                }
+            }
+            let left: Vec<&str> = keys.iter().filter(|key| self.read.int(key) == -1).map(String::as_str).collect();
+            if left.len() > 1 {
+                // One that was set is named; -1 is the default of an axis in each group and rarely the one meant.
+                let set = left.iter().find(|key| self.is_set(key)).copied().unwrap_or(left[0]);
+                let what = if group == "ici" { "devices" } else { "slices" };
+                let message = format!("only one axis can take the {what} that are left, not {}", left.join(" and "));
+                self.report_hint(set, message, "give the others a number; 1 leaves an axis out");
             }
         }
-        if left.len() > 1 {
-            // The one that was set last in the table is named; the default of fsdp is -1 and rarely the one meant.
-            let set = left.iter().find(|key| self.is_set(key)).copied().unwrap_or(left[0]);
-            let message = format!("only one axis can take the devices that are left, not {}", left.join(" and "));
-            self.report_hint(set, message, "give the others a number; 1 leaves an axis out");
-        }
-        let tensor = self.read.int("ici_tensor_parallelism");
-        let m = model(self.raw);
-        let is_known = self.raw.model_source.is_some() || self.is_set("base_num_kv_heads");
-        for heads in [m.num_kv_heads, m.global_num_kv_heads] {
-            if let Ok(tensor @ 2..) = usize::try_from(tensor)
-                && is_known
-                && !heads.is_multiple_of(tensor)
-            {
-                let s = if heads == 1 { "" } else { "s" };
-                let message = format!("{tensor} devices cannot share {heads} key/value head{s}");
-                self.report_hint("ici_tensor_parallelism", message, "use the fsdp axis for the rest");
-                break;
-            }
-        }
-        if tensor == -1 && is_known {
-            let message = "-1 depends on the devices found, but the axis must divide the key/value heads";
-            self.report_hint(
-                "ici_tensor_parallelism",
-                message,
-                format!("give a number that divides {}", m.num_kv_heads),
-            );
+        if self.read.bool("override_logical_axis_rules") && self.read.rules("logical_axis_rules").is_empty() {
+            let message = "without `logical_axis_rules` nothing would be cut";
+            self.report_hint("override_logical_axis_rules", message, "give the whole list of rules");
         }
     }
 

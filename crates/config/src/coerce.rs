@@ -2,9 +2,9 @@
 
 use serde_json::Value as Json;
 
-use crate::keys::{Key, Kind};
+use crate::keys::{Key, Kind, MESH_AXES};
 use crate::suggest::{listed, word_like};
-use crate::value::Value;
+use crate::value::{AxisRule, Value};
 use crate::yaml;
 
 /// Why a value is not one of a key's: message and hint.
@@ -70,12 +70,13 @@ pub(crate) fn from_text(key: &Key, text: &str) -> Result<Value, Refusal> {
         // Quotes the shell left in place are dropped, all else stays, blanks at the ends too.
         Kind::Text => Some(Value::Text(if word == trimmed { text } else { word }.to_owned())),
         Kind::Choice(_) => Some(Value::Text(word.to_owned())),
-        Kind::TextList => match yaml::scalar_or_list(trimmed) {
+        Kind::TextList | Kind::AxisRules => match yaml::scalar_or_list(trimmed) {
             Ok(json @ Json::Array(_)) => return from_json(key, &json),
             _ => {
+                let example = if key.kind == Kind::TextList { "[one,two]" } else { "[[embed,[fsdp]],[mlp,[tensor]]]" };
                 return Err((
-                    format!("`{trimmed}` is not a list of strings"),
-                    Some(format!("write `{}=[one,two]`", key.name)),
+                    format!("`{trimmed}` is not {}", article(&key.kind)),
+                    Some(format!("write `{}={example}`", key.name)),
                 ));
             }
         },
@@ -106,6 +107,7 @@ pub(crate) fn from_json(key: &Key, json: &Json) -> Result<Value, Refusal> {
         (Kind::TextList, Json::Array(items)) => {
             items.iter().map(|i| i.as_str().map(str::to_owned)).collect::<Option<_>>().map(Value::List)
         }
+        (Kind::AxisRules, Json::Array(items)) => items.iter().map(rule).collect::<Option<_>>().map(Value::Rules),
         _ => None,
     };
     match value {
@@ -116,6 +118,17 @@ pub(crate) fn from_json(key: &Key, json: &Json) -> Result<Value, Refusal> {
             Err((format!("`{}` is not {}", shortened(json), article(&key.kind)), hint))
         }
     }
+}
+
+/// `[logical, [mesh, ..]]` or `[logical, mesh]`.
+fn rule(json: &Json) -> Option<AxisRule> {
+    let [name, axes] = json.as_array()?.as_slice() else { return None };
+    let axes = match axes {
+        Json::String(axis) => vec![axis.clone()],
+        Json::Array(axes) => axes.iter().map(|a| a.as_str().map(str::to_owned)).collect::<Option<_>>()?,
+        _ => return None,
+    };
+    Some((name.as_str()?.to_owned(), axes))
 }
 
 fn shortened(json: &Json) -> String {
@@ -134,6 +147,7 @@ fn article(kind: &Kind) -> String {
         Kind::Text => "text".to_owned(),
         Kind::Choice(_) => "a word".to_owned(),
         Kind::TextList => "a list of strings".to_owned(),
+        Kind::AxisRules => "a list of rules, each a logical axis and a list of mesh axes".to_owned(),
     }
 }
 
@@ -179,6 +193,18 @@ pub(crate) fn check(key: &Key, value: Value) -> Result<Value, Refusal> {
             Err((format!("`{word}` is not one of {}", listed(&known)), hint))
         }
         (Kind::Bool, Value::Bool(_)) | (Kind::Text, Value::Text(_)) | (Kind::TextList, Value::List(_)) => Ok(value),
+        (Kind::AxisRules, Value::Rules(rules)) => {
+            for (name, axes) in rules {
+                if let Some(axis) = axes.iter().find(|a| !MESH_AXES.contains(&a.as_str())) {
+                    let hint = word_like(axis, MESH_AXES.iter().copied()).map(|w| format!("did you mean `{w}`?"));
+                    return Err((
+                        format!("the rule of `{name}` names `{axis}`, which is not one of {}", listed(MESH_AXES)),
+                        hint,
+                    ));
+                }
+            }
+            Ok(value)
+        }
         (kind, _) => refuse(format!("`{value}` is not {}", article(kind))),
     }
 }

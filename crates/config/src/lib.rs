@@ -26,6 +26,7 @@ mod files;
 pub mod keys;
 mod layer;
 mod load;
+pub mod mesh;
 mod reference;
 mod resolved;
 mod suggest;
@@ -41,9 +42,10 @@ pub use explain::{Explanation, Filter, Setting, explain, render_explanation, ren
 pub use files::BUILTIN as BUILTIN_FILES;
 pub use keys::{Category, Key, Kind, MaxText, RESERVED_VARIABLES, Support};
 pub use layer::{ModelLayer, Note, Origin, RawConfig, Sources};
+pub use mesh::MeshShape;
 pub use reference::{base_yaml, reference_markdown};
 pub use resolved::{
     Batch, Checkpoint, CompilationCache, Config, Data, Decode, Lora, Memory, Mesh, Model, Numerics, Optimizer, Output,
     Run, Schedule, Sft,
 };
-pub use value::{Literal, Value};
+pub use value::{AxisRule, Literal, Value};

@@ -10,7 +10,7 @@ use crate::choice::{
 };
 use crate::error::{Error, Problem};
 use crate::layer::{Note, Origin, RawConfig};
-use crate::value::Value;
+use crate::value::{AxisRule, Value};
 
 /// A checked configuration.
 ///
@@ -349,14 +349,16 @@ pub struct Mesh {
     pub pjrt_plugin: String,
     /// Where compiled programs are kept.
     pub compilation_cache: CompilationCache,
-    /// Data axis.
-    pub data: i64,
-    /// Fsdp axis.
-    pub fsdp: i64,
-    /// Second fsdp axis.
-    pub fsdp_transpose: i64,
-    /// Tensor axis.
-    pub tensor: i64,
+    /// Virtual devices of a CPU; 0 for as many as the axes ask for.
+    pub num_cpu_devices: usize,
+    /// Devices of a slice along every axis of [`MESH_AXES`](crate::mesh::MESH_AXES).
+    pub ici: [i64; 6],
+    /// Slices along every axis.
+    pub dcn: [i64; 6],
+    /// Rules given for logical axes.
+    pub rules: Vec<AxisRule>,
+    /// Whether those are the whole list.
+    pub only_rules: bool,
     /// Largest share of parameter bytes that may be whole on every device.
     pub sharding_tolerance: f64,
 }

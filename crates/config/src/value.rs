@@ -36,7 +36,12 @@ pub enum Value {
     Text(String),
     /// A list of texts.
     List(Vec<String>),
+    /// Logical axes with their mesh axes, in order.
+    Rules(Vec<AxisRule>),
 }
+
+/// A logical axis and the mesh axes it is cut over.
+pub type AxisRule = (String, Vec<String>);
 
 impl From<Literal> for Value {
     fn from(literal: Literal) -> Self {
@@ -102,6 +107,14 @@ impl fmt::Display for Value {
                 }
                 f.write_str("]")
             }
+            Value::Rules(rules) => {
+                f.write_str("[")?;
+                for (i, (name, axes)) in rules.iter().enumerate() {
+                    let axes = Value::List(axes.clone());
+                    write!(f, "{}[{}, {axes}]", if i > 0 { ", " } else { "" }, quoted(name))?;
+                }
+                f.write_str("]")
+            }
         }
     }
 }
@@ -134,6 +147,7 @@ impl Serialize for Value {
             Value::Float(x) => serializer.serialize_f64(*x),
             Value::Text(s) => serializer.serialize_str(s),
             Value::List(items) => items.serialize(serializer),
+            Value::Rules(rules) => rules.serialize(serializer),
         }
     }
 }

@@ -22,6 +22,7 @@ pub mod rng;
 pub mod rows;
 pub mod runtime;
 pub mod score;
+pub mod shards;
 pub mod targets;
 pub mod train;
 pub mod train_state;

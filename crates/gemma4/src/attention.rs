@@ -6,6 +6,7 @@ use tensor::DType;
 use crate::arch::{Layer, LayerKind};
 use crate::layer::names;
 use crate::nn::{Angles, Result, masked_softmax, rms_norm, wide};
+use crate::partition::{Partition, constrain, names as axis};
 
 /// Query positions of one block of a full layer. A full layer goes through its queries block by block, so that its scores
 /// never take more than `heads x FULL_BLOCK x S` floats.
@@ -31,7 +32,7 @@ pub(crate) struct KeyPositions {
 
 /// What attention needs to know besides its layer.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Sequence {
+pub(crate) struct Sequence<'a> {
     /// `[b, t]` i32: only positions of the same segment see each other. Absent: one segment.
     pub(crate) segments: Option<Value>,
     /// Given where keys are not those of the queries' own positions; then there are no segments.
@@ -40,6 +41,26 @@ pub(crate) struct Sequence {
     pub(crate) window: usize,
     pub(crate) heads: usize,
     pub(crate) dtype: DType,
+    pub(crate) partition: Option<&'a Partition>,
+}
+
+impl Sequence<'_> {
+    /// How many devices share a sequence.
+    fn parts(&self) -> usize {
+        self.partition.map_or(1, |p| p.parts_of(axis::LENGTH))
+    }
+}
+
+/// `[b, t, heads * e]`, cut between heads: their number is what must divide.
+fn projected(g: &Graph, partition: Option<&Partition>, x: Value, (heads, name): (usize, &str)) -> Result<Value> {
+    let Some(p) = partition else { return Ok(x) };
+    let d = g.dims(x);
+    g.sharding_constraint(x, p.activation(&[(axis::BATCH, d[0]), (axis::LENGTH, d[1]), (name, heads)]))
+}
+
+/// Keys or values `[b, k, s, e]`, cut along the sequence or whole.
+fn along(g: &Graph, partition: Option<&Partition>, x: Value, length: &str) -> Result<Value> {
+    constrain(g, partition, x, &[axis::KV_BATCH, axis::KV_HEADS, length, axis::WHOLE])
 }
 
 /// Values worth looking at when implementations are compared.
@@ -65,8 +86,10 @@ pub(crate) fn own_key_values(
     (k_raw, v_raw): (Value, Option<Value>),
     k_norm: Value,
     angles: &Angles,
-    eps: f64,
+    (eps, partition): (f64, Option<&Partition>),
 ) -> Result<(KeyValues, (Value, Value))> {
+    let projected = |x| projected(g, partition, x, (layer.kv_heads, axis::KV_HEADS));
+    let (k_raw, v_raw) = (projected(k_raw)?, v_raw.map(projected).transpose()?);
     let k_raw = split_heads(g, g.named(k_raw, names::KEY_PROJ)?, layer.kv_heads)?;
     let v_raw = match v_raw {
         Some(v_raw) => split_heads(g, g.named(v_raw, names::VALUE_PROJ)?, layer.kv_heads)?,
@@ -75,8 +98,8 @@ pub(crate) fn own_key_values(
     let k = rms_norm(g, k_raw, Some(k_norm), eps)?;
     // The value norm has no weight and values are not rotated.
     let v = rms_norm(g, v_raw, None, eps)?;
-    let keys = g.transpose(angles.rotate(g, k)?, &[0, 2, 1, 3])?;
-    let values = g.transpose(v, &[0, 2, 1, 3])?;
+    let keys = along(g, partition, g.transpose(angles.rotate(g, k)?, &[0, 2, 1, 3])?, axis::LENGTH)?;
+    let values = along(g, partition, g.transpose(v, &[0, 2, 1, 3])?, axis::LENGTH)?;
     Ok((KeyValues { keys, values }, (k, v)))
 }
 
@@ -89,29 +112,42 @@ pub(crate) fn attend(
     q_norm: Value,
     kv: KeyValues,
     angles: &Angles,
-    seq: &Sequence,
+    seq: &Sequence<'_>,
 ) -> Result<(Value, Value)> {
     let dims = g.dims(q_raw);
     let (b, t) = (dims[0], dims[1]);
     let (k, e) = (layer.kv_heads, layer.head_dim);
     let (heads, group) = (seq.heads, seq.heads / k);
-    let q_raw = g.named(q_raw, names::QUERY_PROJ)?;
+    let q_raw = g.named(projected(g, seq.partition, q_raw, (heads, axis::HEADS))?, names::QUERY_PROJ)?;
     let q = rms_norm(g, split_heads(g, q_raw, heads)?, Some(q_norm), seq.eps)?;
     // [b, t, k, g, e] -> [b, k, t, g, e]: query head h uses key/value head h / g
     let q_btkge = g.reshape(angles.rotate(g, q)?, [b, t, k, group, e])?;
     let q_bktge = g.transpose(q_btkge, &[0, 2, 1, 3, 4])?;
     let window = (layer.kind == LayerKind::Sliding).then_some(seq.window);
+    // A query outside of windows sees the whole sequence: keys and values come together once.
+    let whole = KeyValues {
+        keys: along(g, seq.partition, kv.keys, axis::WHOLE)?,
+        values: along(g, seq.partition, kv.values, axis::WHOLE)?,
+    };
     let o_bktge = match (layer.kind, seq.at) {
         (_, Some(at)) => at_positions(g, q_bktge, kv, at, window, seq)?,
         (LayerKind::Sliding, None) if t > seq.window => sliding(g, q_bktge, kv, seq)?,
-        (LayerKind::Full, None) if t > FULL_BLOCK => full_blocks(g, q_bktge, kv, seq)?,
+        (LayerKind::Full, None) if t > FULL_BLOCK => full_blocks(g, q_bktge, whole, seq)?,
         _ => {
             let first = g.iota(DType::I32, [t], 0)?;
-            block(g, q_bktge, kv, Positions { queries: first, keys: first }, (seq.segments, seq.segments), window, seq)?
+            block(
+                g,
+                q_bktge,
+                whole,
+                Positions { queries: first, keys: first },
+                (seq.segments, seq.segments),
+                window,
+                seq,
+            )?
         }
     };
     let o_bthe = g.reshape(g.transpose(o_bktge, &[0, 2, 1, 3, 4])?, [b, t, heads * e])?;
-    Ok((g.named(o_bthe, names::CONTEXT)?, q))
+    Ok((g.named(projected(g, seq.partition, o_bthe, (heads, axis::HEADS))?, names::CONTEXT)?, q))
 }
 
 /// Attention where queries and keys say where they stand: over a cache, whose keys come in any order.
@@ -121,7 +157,7 @@ fn at_positions(
     kv: KeyValues,
     at: KeyPositions,
     window: Option<usize>,
-    seq: &Sequence,
+    seq: &Sequence<'_>,
 ) -> Result<Value> {
     let (b, t, s) = (g.dims(q)[0], g.dims(q)[2], g.dims(kv.keys)[2]);
     let qi = g.reshape(at.queries, [b, 1, t, 1, 1])?;
@@ -131,7 +167,7 @@ fn at_positions(
     if let Some(w) = window {
         allowed = g.and(allowed, g.compare_bcast(Compare::Lt, qi, g.add_scalar(kj, w as f64)?)?)?;
     }
-    masked_attention(g, q, kv, allowed, seq.dtype)
+    masked_attention(g, q, kv, allowed, seq)
 }
 
 /// Row indices of queries and keys, each `[n]` i32, for the causal and window rules.
@@ -141,7 +177,8 @@ struct Positions {
     keys: Value,
 }
 
-/// Scores, mask, softmax and weighted values of queries `[b, k, t, g, e]` over keys `[b, k, s, e]`; scale 1, no cap.
+/// Scores, mask, softmax and weighted values of queries `[b, .., k, t, g, e]` over keys `[b, .., k, s, e]`; scale 1, no cap.
+/// Segments are `[b, .., t]` and `[b, .., s]`.
 ///
 /// A gradient computes the scores again: they are the only thing here that grows with `t * s`.
 fn block(
@@ -151,7 +188,7 @@ fn block(
     at: Positions,
     segments: (Option<Value>, Option<Value>),
     window: Option<usize>,
-    seq: &Sequence,
+    seq: &Sequence<'_>,
 ) -> Result<Value> {
     let segmented = segments.0.zip(segments.1);
     let mut inputs = vec![q, kv.keys, kv.values, at.queries, at.keys];
@@ -171,11 +208,12 @@ fn block_plain(
     at: Positions,
     segments: Option<(Value, Value)>,
     window: Option<usize>,
-    seq: &Sequence,
+    seq: &Sequence<'_>,
 ) -> Result<Value> {
     let d = g.dims(q);
-    let (b, t) = (d[0], d[2]);
-    let s = g.dims(kv.keys)[2];
+    // Dimensions before the positions: batch, blocks where there are any, key/value heads.
+    let lead = d.len() - 3;
+    let (t, s) = (d[lead], g.dims(kv.keys)[lead]);
     let qi = g.reshape(at.queries, [t, 1])?;
     let kj = g.reshape(at.keys, [1, s])?;
     let mut allowed = g.compare_bcast(Compare::Le, kj, qi)?;
@@ -185,25 +223,45 @@ fn block_plain(
     }
     // Blocks reach before the first key; those rows are padding.
     let exists = g.compare(Compare::Ge, kj, g.full_like(kj, 0.0)?)?;
-    allowed = g.reshape(g.and_bcast(allowed, exists)?, [1, 1, t, 1, s])?;
+    let ones = vec![1; lead];
+    allowed = g.reshape(g.and_bcast(allowed, exists)?, [&ones[..], &[t, 1, s]].concat())?;
     if let Some((qs, ks)) = segments {
-        let same = g.compare_bcast(Compare::Eq, g.reshape(qs, [b, 1, t, 1, 1])?, g.reshape(ks, [b, 1, 1, 1, s])?)?;
+        let same = g.compare_bcast(
+            Compare::Eq,
+            g.reshape(qs, [&d[..lead - 1], &[1, t, 1, 1]].concat())?,
+            g.reshape(ks, [&d[..lead - 1], &[1, 1, 1, s]].concat())?,
+        )?;
         allowed = g.and_bcast(allowed, same)?;
     }
-    masked_attention(g, q, kv, allowed, seq.dtype)
+    masked_attention(g, q, kv, allowed, seq)
 }
 
-/// Attention of queries `[b, k, t, g, e]` over keys `[b, k, s, e]`, of which `allowed` `[b or 1, 1, t, 1, s]` are seen.
-fn masked_attention(g: &Graph, q: Value, kv: KeyValues, allowed: Value, dtype: DType) -> Result<Value> {
+/// Attention of queries `[b, .., k, t, g, e]` over keys `[b, .., k, s, e]`, of which `allowed` `[b or 1, .., 1, t, 1, s]` are
+/// seen.
+fn masked_attention(g: &Graph, q: Value, kv: KeyValues, allowed: Value, seq: &Sequence<'_>) -> Result<Value> {
     let d = g.dims(q);
-    let (b, k, t, group, e) = (d[0], d[1], d[2], d[3], d[4]);
-    let s = g.dims(kv.keys)[2];
-    let rows = g.reshape(q, [b, k, t * group, e])?;
+    let lead = d.len() - 3;
+    let (t, group, e) = (d[lead], d[lead + 1], d[lead + 2]);
+    let s = g.dims(kv.keys)[lead];
+    let shape = |last: &[usize]| [&d[..lead], last].concat();
+    let float = wide(seq.dtype);
     // Scores stay in f32 (f64) up to the softmax, also where activations are narrower.
-    let scores = g.reshape(batched(g, rows, kv.keys, 3, wide(dtype))?, [b, k, t, group, s])?;
-    let p = masked_softmax(g, scores, allowed, dtype)?;
-    let o = batched(g, g.reshape(p, [b, k, t * group, s])?, kv.values, 2, wide(dtype))?;
-    g.reshape(g.convert(o, dtype)?, [b, k, t, group, e])
+    if seq.partition.is_some() {
+        // Positions and heads stay apart, so that either may be cut.
+        let dims = |contract: usize| DotDims {
+            lhs_batch: (0..lead).collect(),
+            rhs_batch: (0..lead).collect(),
+            lhs_contract: vec![lead + 2],
+            rhs_contract: vec![contract],
+        };
+        let p = masked_softmax(g, g.dot_general(q, kv.keys, dims(lead + 1), float)?, allowed, seq.dtype)?;
+        return g.convert(g.dot_general(p, kv.values, dims(lead), float)?, seq.dtype);
+    }
+    let rows = g.reshape(q, shape(&[t * group, e]))?;
+    let scores = g.reshape(batched(g, rows, kv.keys, 3, float)?, shape(&[t, group, s]))?;
+    let p = masked_softmax(g, scores, allowed, seq.dtype)?;
+    let o = batched(g, g.reshape(p, shape(&[t * group, s]))?, kv.values, 2, float)?;
+    g.reshape(g.convert(o, seq.dtype)?, shape(&[t, group, e]))
 }
 
 /// `[b, k, m, c]` times `[b, k, ..]` over dimension `contract` of the latter.
@@ -235,28 +293,32 @@ fn pad_dim(g: &Graph, x: Value, dim: usize, low: usize, high: usize) -> Result<V
 
 /// Sliding attention in O(t * window): every block of `window` queries sees its own and the previous block of keys.
 ///
-/// The blocks become part of the batch, so that the whole is one pair of batched products.
-fn sliding(g: &Graph, q: Value, kv: KeyValues, seq: &Sequence) -> Result<Value> {
+/// The blocks become part of the batch, so that the whole is one pair of batched products. Where devices share a sequence, they
+/// share its blocks, and every device asks its neighbour for one block of keys.
+fn sliding(g: &Graph, q: Value, kv: KeyValues, seq: &Sequence<'_>) -> Result<Value> {
     let d = g.dims(q);
     let (b, k, t, group, e) = (d[0], d[1], d[2], d[3], d[4]);
     let w = seq.window;
     let n = t.div_ceil(w);
     let tail = n * w - t;
-    // [b, k, t, ..] -> [b, n, w, ..] with blocks beside the batch: [b * n, k, w, ..]
-    let blocks = |x: Value, inner: &[usize]| -> Result<Value> {
-        let x = pad_dim(g, x, 2, 0, tail)?;
+    // Beside the batch, or merged with it where blocks are not shared.
+    let lead: &[usize] = if seq.parts() > 1 { &[b, n] } else { &[b * n] };
+    // [b, k, t, ..] -> [b, n, k, w, ..] or [b * n, k, w, ..]
+    let split = |x: Value, inner: &[usize]| -> Result<Value> {
         let x = g.reshape(x, [&[b, k, n, w], inner].concat())?;
         let rank = 4 + inner.len();
         let perm: Vec<usize> = [0, 2, 1].into_iter().chain(3..rank).collect();
-        g.reshape(g.transpose(x, &perm)?, [&[b * n, k, w], inner].concat())
+        let x = g.transpose(x, &perm)?;
+        let logical: Vec<&str> = [axis::BATCH, axis::LENGTH].into_iter().chain(vec![axis::WHOLE; rank - 2]).collect();
+        let x = if lead.len() == 2 && inner.len() == 1 { constrain(g, seq.partition, x, &logical)? } else { x };
+        g.reshape(x, [lead, &[k, w], inner].concat())
     };
+    let blocks = |x: Value, inner: &[usize]| split(pad_dim(g, x, 2, 0, tail)?, inner);
     // own and previous block of keys: rows (i - 1) * w .. (i + 1) * w of the sequence
     let two_blocks = |x: Value| -> Result<Value> {
         let own = blocks(x, &[e])?;
         let shifted = pad_dim(g, g.slice_dim(pad_dim(g, x, 2, 0, tail)?, 2, 0, (n - 1) * w)?, 2, w, 0)?;
-        let x = g.reshape(shifted, [b, k, n, w, e])?;
-        let previous = g.reshape(g.transpose(x, &[0, 2, 1, 3, 4])?, [b * n, k, w, e])?;
-        g.concatenate(&[previous, own], 2)
+        g.concatenate(&[split(shifted, &[e])?, own], lead.len() + 1)
     };
     let q_blocks = blocks(q, &[group, e])?;
     let kv_blocks = KeyValues { keys: two_blocks(kv.keys)?, values: two_blocks(kv.values)? };
@@ -269,10 +331,10 @@ fn sliding(g: &Graph, q: Value, kv: KeyValues, seq: &Sequence) -> Result<Value> 
         None => g.splat(DType::I32, [b, t], 1.0)?,
     };
     let padded = pad_dim(g, segments, 1, 0, tail)?;
-    let own = g.reshape(padded, [b * n, w])?;
+    let own = g.reshape(padded, [lead, &[w]].concat())?;
     let before = g.splat(DType::I32, [b, w], -1.0)?;
     let previous = g.concatenate(&[before, g.slice_dim(padded, 1, 0, (n - 1) * w)?], 1)?;
-    let key_segments = g.concatenate(&[g.reshape(previous, [b * n, w])?, own], 1)?;
+    let key_segments = g.concatenate(&[g.reshape(previous, [lead, &[w]].concat())?, own], lead.len())?;
     let at = Positions { queries, keys };
     let o = block(g, q_blocks, kv_blocks, at, (Some(own), Some(key_segments)), Some(w), seq)?;
     let o = g.transpose(g.reshape(o, [b, n, k, w, group, e])?, &[0, 2, 1, 3, 4, 5])?;
@@ -280,21 +342,31 @@ fn sliding(g: &Graph, q: Value, kv: KeyValues, seq: &Sequence) -> Result<Value> 
 }
 
 /// Full attention, one block of queries after the other over all keys: memory grows with t, not with its square.
-fn full_blocks(g: &Graph, q: Value, kv: KeyValues, seq: &Sequence) -> Result<Value> {
+///
+/// Where `x` devices share a sequence, a block has [`FULL_BLOCK`] queries of each of them: every device goes through its own
+/// part of the sequence, and no query moves.
+fn full_blocks(g: &Graph, q: Value, kv: KeyValues, seq: &Sequence<'_>) -> Result<Value> {
     let d = g.dims(q);
     let (b, k, t, group, e) = (d[0], d[1], d[2], d[3], d[4]);
-    let c = FULL_BLOCK;
-    let n = t.div_ceil(c);
-    let tail = n * c - t;
-    // [b, k, t, g, e] -> [n, b, k, c, g, e]
-    let q_blocks = g.reshape(pad_dim(g, q, 2, 0, tail)?, [b, k, n, c, group, e])?;
-    let q_blocks = g.transpose(q_blocks, &[2, 0, 1, 3, 4, 5])?;
-    let index = g.reshape(g.iota(DType::I32, [n * c], 0)?, [n, c])?;
-    let mut xs = vec![q_blocks, index];
+    let x = if t.is_multiple_of(seq.parts()) { seq.parts() } else { 1 };
+    let part = t / x;
+    let c = FULL_BLOCK.min(part);
+    let n = part.div_ceil(c);
+    let tail = n * c - part;
+    // Positions `[.., t, ..]` at `dim` to `[n, .., x * c, ..]`: padded to whole blocks, which go in front.
+    let blocks = |v: Value, dim: usize| -> Result<Value> {
+        let d = g.dims(v);
+        let (before, after) = (&d[..dim], &d[dim + 1..]);
+        let v = g.reshape(v, [before, &[x, part], after].concat())?;
+        let v = g.reshape(pad_dim(g, v, dim + 1, 0, tail)?, [before, &[x, n, c], after].concat())?;
+        let rank = d.len() + 2;
+        let perm: Vec<usize> = std::iter::once(dim + 1).chain((0..rank).filter(|&i| i != dim + 1)).collect();
+        g.reshape(g.transpose(v, &perm)?, [&[n], before, &[x * c], after].concat())
+    };
+    let mut xs = vec![blocks(q, 2)?, blocks(g.iota(DType::I32, [t], 0)?, 0)?];
     let mut consts = vec![kv.keys, kv.values];
     if let Some(s) = seq.segments {
-        let s_blocks = g.reshape(pad_dim(g, s, 1, 0, tail)?, [b, n, c])?;
-        xs.push(g.transpose(s_blocks, &[1, 0, 2])?);
+        xs.push(blocks(s, 1)?);
         consts.push(s);
     }
     let (_, ys) = g.scan(n, &[], &xs, &consts, |g, _, x, k| {
@@ -304,7 +376,8 @@ fn full_blocks(g: &Graph, q: Value, kv: KeyValues, seq: &Sequence) -> Result<Val
         let o = block(g, x[0], kv, at, (x.get(2).copied(), k.get(2).copied()), None, seq)?;
         Ok((vec![], vec![o]))
     })?;
-    // [n, b, k, c, g, e] -> [b, k, t, g, e]
-    let o = g.transpose(ys[0], &[1, 2, 0, 3, 4, 5])?;
-    g.slice_dim(g.reshape(o, [b, k, n * c, group, e])?, 2, 0, t)
+    // [n, b, k, x * c, g, e] -> [b, k, t, g, e]
+    let o = g.reshape(ys[0], [n, b, k, x, c, group, e])?;
+    let o = g.reshape(g.transpose(o, &[1, 2, 3, 0, 4, 5, 6])?, [b, k, x, n * c, group, e])?;
+    g.reshape(g.slice_dim(o, 3, 0, part)?, [b, k, t, group, e])
 }

@@ -321,7 +321,7 @@ impl Feed<'_> {
         Ok((written, Some(g.convert(z, DType::F32)?)))
     }
 
-    fn context(&self, index: usize) -> LayerContext {
+    fn context(&self, index: usize) -> LayerContext<'_> {
         let spec = self.arch.spec();
         LayerContext {
             layer: self.arch.layers()[index],
@@ -329,6 +329,7 @@ impl Feed<'_> {
             window: spec.sliding_window,
             eps: spec.rms_norm_eps,
             dtype: self.options.dtype,
+            partition: None,
         }
     }
 

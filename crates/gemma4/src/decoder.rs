@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use graph::{Graph, GraphError, Program, Value};
+use graph::{Graph, GraphError, Program, Sharding, Value};
 use tensor::{DType, ParamSpec};
 
 use crate::arch::{KvSource, LayerKind, PerKind};
@@ -14,6 +14,7 @@ use crate::layer::{LayerContext, LayerInput, LayerOutputs, LayerWeights, layer};
 use crate::layout::{Layout, Run, Slot, role};
 use crate::nn::{Angles, Result, per_layer_inputs, project, rms_norm, scale_f32, wide};
 use crate::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, param_table};
+use crate::partition::{Spread, constrain, gather, names as axis};
 use crate::{Arch, PerLayerInput};
 
 /// What a forward program is built for.
@@ -122,6 +123,33 @@ pub fn head_program(
 /// The parameters a forward program takes, in order: all but the per-layer table, whose rows are gathered on the host.
 pub fn body_params(arch: &Arch) -> impl Iterator<Item = ParamSpec> {
     param_table(arch).into_iter().filter(|p| p.name != EMBED_TOKENS_PER_LAYER)
+}
+
+/// How one parameter of a slot lies, between steps and in use.
+pub(crate) fn spread(layout: &Layout, slot: &Slot) -> Option<Spread> {
+    let partition = layout.partition()?;
+    // The slot was checked when the layout was made.
+    let stored = partition.parameter(slot.spec()).ok()?;
+    Some(Spread { gathered: partition.gathered(&stored), stored })
+}
+
+/// Rows of a table for every token `[b, t]`.
+///
+/// On a mesh every device looks its columns up for all tokens of the devices it shares the table with: the rows travel, never
+/// the table, and the gradient of a device's columns is summed where they lie.
+pub(crate) fn lookup(g: &Graph, layout: &Layout, name: &str, table: Value, ids: Value) -> Result<Value> {
+    let slot = layout.slots().iter().find(|s| s.name == name);
+    let (Some(p), Some(sharding)) = (layout.partition(), slot.and_then(|s| s.sharding.as_ref())) else {
+        return g.take(table, ids);
+    };
+    let taken: Vec<&String> = sharding.dims().iter().flatten().collect();
+    let free = |name: &str| p.axes_of(name).into_iter().filter(|a| !taken.contains(&a)).collect::<Vec<_>>();
+    let (batch, length) = (free(axis::BATCH), free(axis::LENGTH));
+    let ids = g.sharding_constraint(ids, Sharding::from_axes(vec![batch.clone(), length.clone()]))?;
+    let rows = g.take(table, ids)?;
+    let columns = sharding.dims()[1].clone();
+    let rows = g.sharding_constraint(rows, Sharding::from_axes(vec![batch, length, columns]))?;
+    constrain(g, Some(p), rows, &[axis::BATCH, axis::LENGTH, axis::WHOLE])
 }
 
 /// Tied head and soft cap.
@@ -259,7 +287,9 @@ impl Decoder<'_> {
         let spec = self.arch.spec();
         let embed = {
             let _scope = g.scope("embed");
-            let rows_btd = g.convert(g.take(self.weights.stored(EMBED_TOKENS), tokens.ids)?, self.dtype)?;
+            let rows_btd = lookup(g, self.layout, EMBED_TOKENS, self.weights.stored(EMBED_TOKENS), tokens.ids)?;
+            let rows_btd = g.convert(rows_btd, self.dtype)?;
+            let rows_btd = self.constrain(rows_btd, &[axis::BATCH, axis::NORM_LENGTH, axis::EMBED])?;
             // sqrt(hidden) is rounded to the activation dtype before the product: 39.25 for E2B in bf16.
             // The reference's f32 model has the f32 root, also where the arithmetic is f64.
             g.mul_scalar(rows_btd, f64::from((spec.hidden_size as f32).sqrt()))?
@@ -291,13 +321,26 @@ impl Decoder<'_> {
     fn per_layer_inputs(&self, p: PerLayerInput, x: Value, rows: Value) -> Result<Value> {
         let g = self.g;
         let _scope = g.scope("per_layer_inputs");
-        let projection = self.weights.cast(g, "per_layer_model_projection.weight", self.dtype)?;
-        let context = project(g, x, projection, self.dtype)?;
+        let name = "per_layer_model_projection.weight";
+        let projection = self.weights.cast(g, name, self.dtype)?;
+        let projection = match self.layout.slots().iter().find(|s| s.name == name).and_then(|s| spread(self.layout, s))
+        {
+            Some(spread) => gather(g, projection, &spread)?,
+            None => projection,
+        };
+        // Cut by tokens alone: the layers within the last axis do not divide evenly, and every layer wants its own.
+        let tokens = |x: Value| self.constrain(x, &[axis::BATCH, axis::LENGTH, axis::WHOLE]);
+        let context = tokens(project(g, x, projection, self.dtype)?)?;
         let norm = self.weights.stored("per_layer_projection_norm.weight");
-        per_layer_inputs(g, p, context, rows, norm, self.arch.spec())
+        let ple = per_layer_inputs(g, p, context, tokens(rows)?, norm, self.arch.spec())?;
+        self.constrain(ple, &[axis::BATCH, axis::LENGTH, axis::WHOLE, axis::WHOLE])
     }
 
-    fn context(&self, index: usize) -> LayerContext {
+    fn constrain(&self, x: Value, logical: &[&str]) -> Result<Value> {
+        constrain(self.g, self.layout.partition(), x, logical)
+    }
+
+    fn context(&self, index: usize) -> LayerContext<'_> {
         let spec = self.arch.spec();
         LayerContext {
             layer: self.arch.layers()[index],
@@ -305,6 +348,7 @@ impl Decoder<'_> {
             window: spec.sliding_window,
             eps: spec.rms_norm_eps,
             dtype: self.dtype,
+            partition: self.layout.partition(),
         }
     }
 
@@ -313,6 +357,13 @@ impl Decoder<'_> {
         let of_layer = |s: &&Slot| s.spec().layer == Some(index);
         let named = |s: &Slot| role(s.spec()).map(|r| (r.to_owned(), self.weights.stored(&s.name)));
         self.layout.slots().iter().filter(of_layer).filter_map(named).collect()
+    }
+
+    /// The layer's parameters from these values of its slots, or parts of them.
+    fn layer_weights(&self, index: usize, named: Vec<(String, Value)>) -> LayerWeights {
+        let of_layer = |s: &&Slot| s.spec().layer == Some(index);
+        let spreads = |s: &Slot| Some((role(s.spec())?.to_owned(), spread(self.layout, s)?));
+        LayerWeights::new(named).spread(self.layout.slots().iter().filter(of_layer).filter_map(spreads).collect())
     }
 
     fn layer(&self, index: usize, state: &mut State) -> Result<()> {
@@ -330,7 +381,7 @@ impl Decoder<'_> {
         let angles = state.angles.get(cx.layer.kind);
         let input =
             LayerInput { x: state.x, ple: ple.transpose()?, borrowed, angles, segments: state.segments, at: None };
-        let weights = LayerWeights::new(self.layer_slots(index));
+        let weights = self.layer_weights(index, self.layer_slots(index));
         let (hidden, kv, outputs) = self.rematerialised(g, &cx, &input, &weights)?;
         state.x = hidden;
         state.outputs.extend(outputs);
@@ -344,7 +395,7 @@ impl Decoder<'_> {
     fn rematerialised(
         &self,
         g: &Graph,
-        cx: &LayerContext,
+        cx: &LayerContext<'_>,
         input: &LayerInput,
         weights: &LayerWeights,
     ) -> Result<(Value, Option<KeyValues>, Option<LayerOutputs>)> {
@@ -367,7 +418,7 @@ impl Decoder<'_> {
     fn looped(&self, start: usize, groups: usize, period: usize, state: &mut State) -> Result<()> {
         let g = self.g;
         let _scope = g.scope(&format!("layers.{start}-{}", start + groups * period - 1));
-        let contexts: Vec<LayerContext> = (start..start + period).map(|i| self.context(i)).collect();
+        let contexts: Vec<LayerContext<'_>> = (start..start + period).map(|i| self.context(i)).collect();
         let dims = g.dims(state.x);
         let (b, t) = (dims[0], dims[1]);
 
@@ -377,6 +428,7 @@ impl Decoder<'_> {
             let last = start + (groups - 1) * period + j;
             if self.arch.is_donor(last) {
                 let nothing = g.splat(self.dtype, [b, cx.layer.kv_heads, t, cx.layer.head_dim], 0.0)?;
+                let nothing = self.constrain(nothing, &[axis::KV_BATCH, axis::KV_HEADS, axis::LENGTH, axis::WHOLE])?;
                 carry.extend([nothing, nothing]);
                 donors.push((j, last));
             }
@@ -407,6 +459,7 @@ impl Decoder<'_> {
             let p = g.dims(ple)[3];
             let part = g.slice_dim(ple, 2, start, start + groups * period)?;
             let part = g.transpose(g.reshape(part, [b, t, groups, period, p])?, &[2, 3, 0, 1, 4])?;
+            let part = self.constrain(part, &[axis::WHOLE, axis::WHOLE, axis::BATCH, axis::LENGTH, axis::WHOLE])?;
             xs.push(part);
         }
         let segmented = state.segments.is_some();
@@ -438,7 +491,7 @@ impl Decoder<'_> {
                     segments,
                     at: None,
                 };
-                let (next, kv, _) = self.rematerialised(g, cx, &input, &LayerWeights::new(named))?;
+                let (next, kv, _) = self.rematerialised(g, cx, &input, &self.layer_weights(start + j, named))?;
                 hidden = next;
                 if donors.iter().any(|&(d, _)| d == j) {
                     carried.extend(kv.into_iter().flat_map(|kv| [kv.keys, kv.values]));

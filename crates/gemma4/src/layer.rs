@@ -7,6 +7,7 @@ use tensor::DType;
 use crate::arch::{KvSource, Layer};
 use crate::attention::{AttentionTrace, KeyPositions, KeyValues, Sequence, attend, own_key_values};
 use crate::nn::{Angles, Result, gated_gelu, project, rms_norm};
+use crate::partition::{Partition, Spread, constrain, gather, names as axis};
 
 /// Names that values of a layer go by in MaxText, for policies that choose what a gradient keeps.
 pub mod names {
@@ -32,12 +33,13 @@ pub mod names {
 
 /// What a layer is built for.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct LayerContext {
+pub(crate) struct LayerContext<'a> {
     pub(crate) layer: Layer,
     pub(crate) heads: usize,
     pub(crate) window: usize,
     pub(crate) eps: f64,
     pub(crate) dtype: DType,
+    pub(crate) partition: Option<&'a Partition>,
 }
 
 /// What a layer reads besides its weights.
@@ -103,17 +105,24 @@ pub(crate) struct LayerWeights {
     named: Vec<(String, Weight)>,
     /// Whose matrices are called, i64 `[1]`.
     session: Option<Value>,
+    /// How they lie on a mesh.
+    spreads: Vec<(String, Spread)>,
 }
 
 impl LayerWeights {
     pub(crate) fn new(weights: Vec<(String, Value)>) -> Self {
         let named = weights.into_iter().map(|(name, v)| (name, Weight::Value(v))).collect();
-        LayerWeights { named, session: None }
+        LayerWeights { named, session: None, spreads: Vec::new() }
+    }
+
+    /// The same on a mesh.
+    pub(crate) fn spread(self, spreads: Vec<(String, Spread)>) -> Self {
+        LayerWeights { spreads, ..self }
     }
 
     /// Parameters of which some are outside the program.
     pub(crate) fn with_calls(named: Vec<(String, Weight)>, session: Option<Value>) -> Self {
-        LayerWeights { named, session }
+        LayerWeights { named, session, spreads: Vec::new() }
     }
 
     /// Every value, in a fixed order.
@@ -132,7 +141,7 @@ impl LayerWeights {
             called @ Weight::Called { .. } => called,
         };
         let named = self.named.iter().map(|(name, w)| (name.clone(), swapped(*w))).collect();
-        LayerWeights { named, session: self.session }
+        LayerWeights { named, session: self.session, spreads: self.spreads.clone() }
     }
 
     fn weight(&self, name: &str) -> Weight {
@@ -158,7 +167,15 @@ impl LayerWeights {
         names: [&str; N],
         dtype: DType,
     ) -> Result<[Value; N]> {
-        products(g, self.session, x, names.map(|n| self.weight(n)), dtype)
+        let mut weights = names.map(|n| self.weight(n));
+        for (name, weight) in names.iter().zip(&mut weights) {
+            let spread = self.spreads.iter().find(|(n, _)| n == name);
+            // Rounded first: what travels is narrow.
+            if let (Weight::Value(w), Some((_, spread))) = (&weight, spread) {
+                *weight = Weight::Value(gather(g, g.convert(*w, dtype)?, spread)?);
+            }
+        }
+        products(g, self.session, x, weights, dtype)
     }
 }
 
@@ -205,9 +222,11 @@ pub(crate) struct LayerOutputs {
     pub(crate) mlp: Value,
 }
 
-pub(crate) fn layer(g: &Graph, cx: &LayerContext, input: &LayerInput, w: &LayerWeights) -> Result<LayerOutputs> {
-    let LayerContext { layer, dtype, eps, .. } = *cx;
-    let seq = Sequence { segments: input.segments, at: input.at, eps, window: cx.window, heads: cx.heads, dtype };
+pub(crate) fn layer(g: &Graph, cx: &LayerContext<'_>, input: &LayerInput, w: &LayerWeights) -> Result<LayerOutputs> {
+    let LayerContext { layer, dtype, eps, window, heads, partition } = *cx;
+    let seq = Sequence { segments: input.segments, at: input.at, eps, window, heads, dtype, partition };
+    let residual = |x: Value| constrain(g, partition, x, &[axis::BATCH, axis::NORM_LENGTH, axis::EMBED]);
+    let inner = |x: Value| constrain(g, partition, x, &[axis::BATCH, axis::LENGTH, axis::MLP]);
     let norm = |x: Value, s: &str| rms_norm(g, x, Some(w.get(s)), eps);
 
     let x = g.named(input.x, names::DECODER_LAYER_INPUT)?;
@@ -223,24 +242,24 @@ pub(crate) fn layer(g: &Graph, cx: &LayerContext, input: &LayerInput, w: &LayerW
     let [q_raw] = w.products(g, a, ["self_attn.q_proj.weight"], dtype)?;
     let (context, q) = attend(g, &layer, q_raw, w.get("self_attn.q_norm.weight"), kv, &input.angles, &seq)?;
     let [attn] = w.products(g, context, ["self_attn.o_proj.weight"], dtype)?;
-    let attn = g.named(attn, names::OUT_PROJ)?;
-    let x = g.add(x, norm(attn, "post_attention_layernorm.weight")?)?;
+    let attn = g.named(residual(attn)?, names::OUT_PROJ)?;
+    let x = residual(g.add(x, norm(attn, "post_attention_layernorm.weight")?)?)?;
 
     let h = norm(x, "pre_feedforward_layernorm.weight")?;
     let [gate, up] = w.products(g, h, ["mlp.gate_proj.weight", "mlp.up_proj.weight"], dtype)?;
-    let inner = gated_gelu(g, g.named(gate, names::MLPWI_0)?, g.named(up, names::MLPWI_1)?)?;
-    let [mlp] = w.products(g, inner, ["mlp.down_proj.weight"], dtype)?;
-    let mlp = g.named(mlp, names::MLPWO)?;
-    let mut x = g.add(x, norm(mlp, "post_feedforward_layernorm.weight")?)?;
+    let (gate, up) = (g.named(inner(gate)?, names::MLPWI_0)?, g.named(inner(up)?, names::MLPWI_1)?);
+    let [mlp] = w.products(g, gated_gelu(g, gate, up)?, ["mlp.down_proj.weight"], dtype)?;
+    let mlp = g.named(residual(mlp)?, names::MLPWO)?;
+    let mut x = residual(g.add(x, norm(mlp, "post_feedforward_layernorm.weight")?)?)?;
 
     if let Some(ple) = input.ple {
         // The gate reads the residual stream un-normed.
         let [gate] = w.products(g, x, ["per_layer_input_gate.weight"], dtype)?;
         let [y] = w.products(g, gated_gelu(g, gate, ple)?, ["per_layer_projection.weight"], dtype)?;
-        x = g.add(x, norm(y, "post_per_layer_input_norm.weight")?)?;
+        x = residual(g.add(x, norm(residual(y)?, "post_per_layer_input_norm.weight")?)?)?;
     }
     // The whole residual stream, after everything.
-    let hidden = g.mul_bcast(x, g.convert(w.get("layer_scalar"), dtype)?)?;
+    let hidden = residual(g.mul_bcast(x, g.convert(w.get("layer_scalar"), dtype)?)?)?;
     let trace = AttentionTrace { q, kv: own.map(|(_, trace)| trace) };
     Ok(LayerOutputs { hidden, kv: own.map(|(kv, _)| kv), attention: trace, attn, mlp })
 }
@@ -248,7 +267,7 @@ pub(crate) fn layer(g: &Graph, cx: &LayerContext, input: &LayerInput, w: &LayerW
 /// The layer's own keys and values of `a` `[b, t, d]`, its normed input, and their unrotated forms.
 pub(crate) fn own(
     g: &Graph,
-    cx: &LayerContext,
+    cx: &LayerContext<'_>,
     a: Value,
     w: &LayerWeights,
     angles: &Angles,
@@ -261,5 +280,5 @@ pub(crate) fn own(
         let [k, v] = w.products(g, a, [k, v], cx.dtype)?;
         (k, Some(v))
     };
-    own_key_values(g, &cx.layer, raw, w.get("self_attn.k_norm.weight"), angles, cx.eps)
+    own_key_values(g, &cx.layer, raw, w.get("self_attn.k_norm.weight"), angles, (cx.eps, cx.partition))
 }

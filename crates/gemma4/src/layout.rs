@@ -4,10 +4,14 @@
 //! number of repetitions of the pattern of kinds. A segment of several repetitions becomes one loop over them; the parameters
 //! of layer `j` of every repetition are one array with the repetition as leading dimension. Checkpoints know nothing of it.
 
+use std::sync::Arc;
+
+use graph::Sharding;
 use tensor::{ParamSpec, Shape};
 
 use crate::Arch;
 use crate::params::param_table;
+use crate::partition::{Partition, PartitionError, stacked};
 
 /// One array of a program and the parameters in it.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +24,8 @@ pub struct Slot {
     pub members: Vec<ParamSpec>,
     /// Whether they are stacked (a stack may be of one).
     pub stacked: bool,
+    /// How it lies on a mesh of devices, where there is one: no stack is cut along its leading dimension.
+    pub sharding: Option<Sharding>,
 }
 
 impl Slot {
@@ -44,6 +50,7 @@ pub(crate) enum Run {
 pub struct Layout {
     slots: Vec<Slot>,
     runs: Vec<Run>,
+    partition: Option<Arc<Partition>>,
 }
 
 /// Layers that do not repeat in a way a loop could follow.
@@ -66,7 +73,7 @@ impl Layout {
     #[must_use]
     pub fn unrolled(arch: &Arch) -> Self {
         let slots = param_table(arch).into_iter().map(single).collect();
-        Layout { slots, runs: (0..arch.layers().len()).map(Run::Layer).collect() }
+        Layout { slots, runs: (0..arch.layers().len()).map(Run::Layer).collect(), partition: None }
     }
 
     /// A loop for every segment that has more than one repetition of the pattern.
@@ -105,13 +112,36 @@ impl Layout {
                 Some((offset, groups, period)) if offset < period => {
                     let members: Vec<ParamSpec> = (0..groups).filter_map(|i| moved(&table, spec, i * period)).collect();
                     let shape: Shape = [&[members.len()], spec.shape.dims()].concat().into();
-                    slots.push(Slot { name: format!("{}@{groups}", spec.name), shape, members, stacked: true });
+                    let name = format!("{}@{groups}", spec.name);
+                    slots.push(Slot { name, shape, members, stacked: true, sharding: None });
                 }
                 // Stacked with that of the first repetition.
                 Some(_) => {}
             }
         }
-        Ok(Layout { slots, runs })
+        Ok(Layout { slots, runs, partition: None })
+    }
+
+    /// The same arrays and layers on a mesh of devices. One device needs no partition and gets none.
+    ///
+    /// # Errors
+    /// The first parameter that the mesh does not divide.
+    pub fn partitioned(mut self, partition: Partition) -> Result<Self, PartitionError> {
+        if partition.mesh().devices() == 1 {
+            return Ok(self);
+        }
+        for slot in &mut self.slots {
+            let one = partition.parameter(slot.spec())?;
+            slot.sharding = Some(if slot.stacked { stacked(&one) } else { one });
+        }
+        self.partition = Some(Arc::new(partition));
+        Ok(self)
+    }
+
+    /// The mesh and its rules, where there are several devices.
+    #[must_use]
+    pub fn partition(&self) -> Option<&Partition> {
+        self.partition.as_deref()
     }
 
     /// The arrays, in the order of a program's inputs.
@@ -132,7 +162,7 @@ impl Layout {
 }
 
 fn single(spec: ParamSpec) -> Slot {
-    Slot { name: spec.name.clone(), shape: spec.shape.clone(), members: vec![spec], stacked: false }
+    Slot { name: spec.name.clone(), shape: spec.shape.clone(), members: vec![spec], stacked: false, sharding: None }
 }
 
 /// The parameter of the same role, some layers later.

@@ -26,8 +26,10 @@ pub mod layout;
 pub mod loss;
 mod nn;
 pub mod params;
+pub mod partition;
 
 pub use arch::{Arch, ArchError, KvSource, Layer, LayerKind, PerLayerInput, Rope};
 pub use flops::Flops;
 pub use layout::Layout;
 pub use params::param_table;
+pub use partition::{Partition, PartitionError};

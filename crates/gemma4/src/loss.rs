@@ -2,14 +2,15 @@
 
 use std::collections::HashMap;
 
-use graph::{Compare, DotDims, Graph, GraphError, Value};
+use graph::{Compare, DotDims, Graph, GraphError, Sharding, Value};
 use tensor::DType;
 
 use crate::Arch;
-use crate::decoder::{Decoder, LayerRemat, Tokens, Weights};
+use crate::decoder::{Decoder, LayerRemat, Tokens, Weights, lookup, spread};
 use crate::layout::Layout;
 use crate::nn::{Result, project, wide};
 use crate::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
+use crate::partition::{Partition, Spread, names as axis};
 
 /// How a loss is computed.
 #[derive(Debug, Clone, PartialEq)]
@@ -90,7 +91,7 @@ pub fn loss_sums(
     let table = params[EMBED_TOKENS];
     cast.insert(EMBED_TOKENS.to_owned(), table);
     let rows = match (arch.per_layer_input(), batch.per_layer_rows) {
-        (Some(_), None) => Some(g.take(params[EMBED_TOKENS_PER_LAYER], batch.ids)?),
+        (Some(_), None) => Some(lookup(g, layout, EMBED_TOKENS_PER_LAYER, params[EMBED_TOKENS_PER_LAYER], batch.ids)?),
         (_, rows) => rows,
     };
     let weights = Weights::new(cast);
@@ -99,21 +100,69 @@ pub fn loss_sums(
     let last = decoder.run(&tokens)?.last;
 
     let _scope = g.scope("loss");
-    let d = g.dims(last);
-    let n = d[0] * d[1];
-    let hidden = g.reshape(last, [n, d[2]])?;
-    let targets = g.reshape(batch.targets, [n])?;
-    let segments = g.reshape(batch.target_segments, [n])?;
+    let rows = Rows { partition: layout.partition(), blocks: options.blocks.max(1) };
+    let hidden = rows.deal(g, last)?;
+    let targets = rows.deal(g, batch.targets)?;
+    let segments = rows.deal(g, batch.target_segments)?;
     let counted = g.convert(g.compare(Compare::Ne, segments, g.full_like(segments, 0.0)?)?, wide(options.dtype))?;
-    let head = Head { cap: arch.spec().final_logit_softcapping, options };
+    let spread = layout.slots().iter().find(|s| s.name == EMBED_TOKENS).and_then(|s| spread(layout, s));
+    let head = Head { cap: arch.spec().final_logit_softcapping, options, rows, spread };
     let [total, z] = head.cross_entropy(g, hidden, table, targets, counted)?;
     let narrow = |v: Value| g.convert(v, DType::F32);
-    Ok(LossSums { total: narrow(total)?, z: narrow(z)?, weight: narrow(g.reduce_sum(counted, &[0])?)? })
+    Ok(LossSums { total: narrow(total)?, z: narrow(z)?, weight: narrow(g.reduce_sum(counted, &[0, 1])?)? })
+}
+
+/// How tokens are dealt to blocks: every device has its own part of every block, so that no token moves.
+#[derive(Debug, Clone, Copy)]
+struct Rows<'a> {
+    partition: Option<&'a Partition>,
+    blocks: usize,
+}
+
+impl Rows<'_> {
+    /// Ways in which a batch and its sequences are cut.
+    fn parts(&self) -> (usize, usize) {
+        self.partition.map_or((1, 1), |p| (p.parts_of(axis::LOGITS_BATCH), p.parts_of(axis::LENGTH)))
+    }
+
+    /// `[b, t, ..]` to `[blocks, c, ..]`.
+    fn deal(&self, g: &Graph, x: Value) -> Result<Value> {
+        let dims = g.dims(x);
+        let (n, inner) = (dims[0] * dims[1], &dims[2..]);
+        let (b, t) = self.parts();
+        let Some(p) = self.partition.filter(|_| b * t > 1) else {
+            return g.reshape(x, [&[self.blocks, n / self.blocks][..], inner].concat());
+        };
+        let whole = vec![axis::WHOLE; inner.len()];
+        let logical: Vec<(&str, usize)> =
+            [axis::LOGITS_BATCH, axis::LENGTH].into_iter().chain(whole).zip(dims.clone()).collect();
+        let x = g.sharding_constraint(x, p.activation(&logical))?;
+        let x = g.reshape(x, [&[b, dims[0] / b, t, dims[1] / t], inner].concat())?;
+        let swapped = |from: usize, rank: usize| {
+            let mut perm: Vec<usize> = (0..rank).collect();
+            perm.swap(from, from + 1);
+            perm
+        };
+        let x = g.transpose(x, &swapped(1, 4 + inner.len()))?;
+        let x = g.reshape(x, [&[b * t, self.blocks, n / (b * t * self.blocks)][..], inner].concat())?;
+        let x = g.transpose(x, &swapped(0, 3 + inner.len()))?;
+        let x = g.reshape(x, [&[self.blocks, n / self.blocks][..], inner].concat())?;
+        let rest = vec![Vec::new(); inner.len()];
+        g.sharding_constraint(x, Sharding::from_axes([vec![Vec::new(), self.axes(p)], rest].concat()))
+    }
+
+    /// Mesh axes of the tokens of a block.
+    fn axes(&self, p: &Partition) -> Vec<String> {
+        [p.axes_of(axis::LOGITS_BATCH), p.axes_of(axis::LENGTH)].concat()
+    }
 }
 
 struct Head<'a> {
     cap: Option<f64>,
     options: &'a LossOptions,
+    rows: Rows<'a>,
+    /// How the table lies on the mesh.
+    spread: Option<Spread>,
 }
 
 /// What a block of rows gives.
@@ -122,12 +171,12 @@ struct Block {
     z: Value,
     /// `[c, d]`, in the activation dtype.
     d_hidden: Option<Value>,
-    /// `[v, d]`, in the activation dtype.
+    /// `[v, d]`, in the activation dtype; on a mesh `[devices, v, d]`, what the tokens of each give.
     d_table: Option<Value>,
 }
 
 impl Head<'_> {
-    /// Sums of loss and z term over rows of hidden states `[n, d]`.
+    /// Sums of loss and z term over hidden states `[blocks, c, d]`.
     ///
     /// The loss is a scalar, so that its gradient is known up to one factor as soon as a block's logits are there: it is
     /// computed with the block, and nothing of the size `[rows, v]` is kept or computed twice.
@@ -161,26 +210,31 @@ impl Head<'_> {
     fn blocks(&self, g: &Graph, v: &[Value]) -> Result<Vec<Value>> {
         let [hidden, table, targets, counted] = [v[0], v[1], v[2], v[3]];
         let dims = g.dims(hidden);
-        let (n, d) = (dims[0], dims[1]);
+        let (blocks, c, d) = (dims[0], dims[1], dims[2]);
         let float = g.dtype(counted);
         let wants_table = self.options.gradient == HeadGradient::HiddenAndTable;
         // A product takes the table rounded; rows of targets and the gradient's sum keep the stored precision.
         let narrow = g.convert(table, self.options.dtype)?;
-        let blocks = self.options.blocks.max(1);
+        // Gathered once for all blocks.
+        let narrow = match &self.spread {
+            Some(s) => g.sharding_constraint(narrow, s.gathered.clone())?,
+            None => narrow,
+        };
         if blocks == 1 {
-            let b = self.block(g, hidden, narrow, targets, counted)?;
-            let d_table = b.d_table.map(|x| g.convert(x, float)).transpose()?;
-            return Ok([Some(b.total), Some(b.z), b.d_hidden, d_table].into_iter().flatten().collect());
+            let (hidden, targets) = (g.reshape(hidden, [c, d])?, g.reshape(targets, [c])?);
+            let b = self.block(g, hidden, narrow, targets, g.reshape(counted, [c])?)?;
+            let d_hidden = b.d_hidden.map(|x| g.reshape(x, [1, c, d])).transpose()?;
+            let d_table = b.d_table.map(|x| self.over_devices(g, g.convert(x, float)?)).transpose()?;
+            return Ok([Some(b.total), Some(b.z), d_hidden, d_table].into_iter().flatten().collect());
         }
-        let c = n / blocks;
         let zero = g.scalar(float, 0.0)?;
         let mut carry = vec![zero, zero];
         if wants_table {
-            carry.push(g.splat(float, g.shape(table), 0.0)?);
+            let v = g.dims(table)[0];
+            let shape = if self.devices() > 1 { vec![self.devices(), v, d] } else { vec![v, d] };
+            carry.push(self.constrain_table(g, g.splat(float, shape, 0.0)?)?);
         }
-        let xs =
-            [g.reshape(hidden, [blocks, c, d])?, g.reshape(targets, [blocks, c])?, g.reshape(counted, [blocks, c])?];
-        let (sums, ys) = g.scan(blocks, &carry, &xs, &[narrow], |g, carry, x, k| {
+        let (sums, ys) = g.scan(blocks, &carry, &[hidden, targets, counted], &[narrow], |g, carry, x, k| {
             let b = self.block(g, x[0], k[0], x[1], x[2])?;
             let mut next = vec![g.add(carry[0], b.total)?, g.add(carry[1], b.z)?];
             if let (Some(&sum), Some(d_table)) = (carry.get(2), b.d_table) {
@@ -188,8 +242,30 @@ impl Head<'_> {
             }
             Ok((next, b.d_hidden.into_iter().collect()))
         })?;
-        let d_hidden = ys.first().map(|&y| g.reshape(y, [n, d])).transpose()?;
-        Ok([Some(sums[0]), Some(sums[1]), d_hidden, sums.get(2).copied()].into_iter().flatten().collect())
+        let d_table = sums.get(2).map(|&x| self.over_devices(g, x)).transpose()?;
+        Ok([Some(sums[0]), Some(sums[1]), ys.first().copied(), d_table].into_iter().flatten().collect())
+    }
+
+    /// Devices that hold different tokens.
+    fn devices(&self) -> usize {
+        let (b, t) = self.rows.parts();
+        b * t
+    }
+
+    /// A gradient by the table before it is summed over devices: `[devices, v, d]`.
+    fn constrain_table(&self, g: &Graph, x: Value) -> Result<Value> {
+        let (Some(p), Some(s), 3) = (self.rows.partition, &self.spread, g.shape(x).rank()) else { return Ok(x) };
+        let [rows, columns] = s.gathered.dims() else { return Ok(x) };
+        g.sharding_constraint(x, Sharding::from_axes(vec![self.rows.axes(p), rows.clone(), columns.clone()]))
+    }
+
+    /// The sum over devices, which each keep the part of the table that they store.
+    fn over_devices(&self, g: &Graph, x: Value) -> Result<Value> {
+        let x = if g.shape(x).rank() == 3 { g.reduce_sum(x, &[0])? } else { x };
+        match &self.spread {
+            Some(s) => g.sharding_constraint(x, s.stored.clone()),
+            None => Ok(x),
+        }
     }
 
     /// One block: hidden states `[c, d]`, table `[v, d]`, targets `[c]` i32, weights `[c]`.
@@ -199,7 +275,15 @@ impl Head<'_> {
         let float = g.dtype(counted);
         let column = |x: Value| g.reshape(x, [c, 1]);
         // Rounded to the activation dtype, as MaxText does unless logits_dot_in_fp32 is set.
-        let raw = g.convert(project(g, hidden, table, dtype)?, float)?;
+        let raw = project(g, hidden, table, dtype)?;
+        let raw = match self.rows.partition {
+            Some(p) => {
+                let columns = p.activation(&[(axis::VOCAB, v)]).dims()[0].clone();
+                g.sharding_constraint(raw, Sharding::from_axes(vec![self.rows.axes(p), columns]))?
+            }
+            None => raw,
+        };
+        let raw = g.convert(raw, float)?;
         let (tanh, logits) = match self.cap {
             Some(cap) => {
                 let t = g.tanh(g.mul_scalar(raw, 1.0 / cap)?)?;
@@ -240,18 +324,23 @@ impl Head<'_> {
             d_raw = g.mul(d_raw, g.add_scalar(g.neg(g.mul(t, t)?)?, 1.0)?)?;
         }
         let d_raw = g.convert(d_raw, dtype)?;
-        let product = |l: Value, r: Value, contract: [usize; 2]| {
+        let product = |l: Value, r: Value, batch: &[usize], contract: [usize; 2]| {
             let dims = DotDims {
-                lhs_batch: vec![],
-                rhs_batch: vec![],
+                lhs_batch: batch.to_vec(),
+                rhs_batch: batch.to_vec(),
                 lhs_contract: vec![contract[0]],
                 rhs_contract: vec![contract[1]],
             };
             g.dot_general(l, r, dims, dtype)
         };
-        let d_hidden = Some(product(d_raw, table, [1, 0])?);
-        let d_table = match gradient {
-            HeadGradient::HiddenAndTable => Some(product(d_raw, hidden, [0, 0])?),
+        let d_hidden = Some(product(d_raw, table, &[], [1, 0])?);
+        let d_table = match (gradient, self.devices()) {
+            (HeadGradient::HiddenAndTable, 1) => Some(product(d_raw, hidden, &[], [0, 0])?),
+            // Every device sums over its own tokens; sums over devices wait until all blocks are done.
+            (HeadGradient::HiddenAndTable, n) => {
+                let apart = |x: Value| g.reshape(x, [n, c / n, g.dims(x)[1]]);
+                Some(self.constrain_table(g, product(apart(d_raw)?, apart(hidden)?, &[0], [1, 1])?)?)
+            }
             _ => None,
         };
         Ok(Block { total, z: z_total, d_hidden, d_table })

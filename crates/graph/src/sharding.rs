@@ -1,6 +1,7 @@
 //! Meshes of devices and how values are laid out over them.
 
 use std::fmt;
+use std::ops::Range;
 
 use tensor::Shape;
 
@@ -11,7 +12,11 @@ pub struct Mesh {
 }
 
 impl Mesh {
-    pub(crate) fn new(axes: &[(&str, usize)]) -> Result<Self, String> {
+    /// Axes by name and size, outermost first.
+    ///
+    /// # Errors
+    /// When a name is not a word or occurs twice, or a size is 0.
+    pub fn new(axes: &[(&str, usize)]) -> Result<Self, String> {
         let mut out: Vec<(String, usize)> = Vec::with_capacity(axes.len());
         for &(name, size) in axes {
             if !is_identifier(name) {
@@ -41,6 +46,24 @@ impl Mesh {
     #[must_use]
     pub fn devices(&self) -> usize {
         self.axes.iter().map(|(_, s)| s).product()
+    }
+
+    /// Where a device (a partition of the program) stands along every axis: devices are numbered with the last axis fastest.
+    #[must_use]
+    pub fn coordinates(&self, device: usize) -> Vec<usize> {
+        let mut rest = device;
+        let mut at: Vec<usize> = self
+            .axes
+            .iter()
+            .rev()
+            .map(|&(_, size)| {
+                let here = rest % size;
+                rest /= size;
+                here
+            })
+            .collect();
+        at.reverse();
+        at
     }
 
     /// Size of the axis of this name.
@@ -109,6 +132,32 @@ impl Sharding {
         }
         Ok(Shape::from(out))
     }
+
+    /// Which part of each dimension a device holds. The first axis of a dimension cuts it coarsest.
+    ///
+    /// # Errors
+    /// When the sharding does not fit the mesh or the shape.
+    pub fn shard_bounds(&self, mesh: &Mesh, shape: &Shape, device: usize) -> Result<Vec<Range<usize>>, String> {
+        let part = self.shard_shape(mesh, shape)?;
+        let at = mesh.coordinates(device);
+        let along =
+            |axis: &String| mesh.axes().iter().zip(&at).find(|((n, _), _)| n == axis).map(|((_, s), &i)| (*s, i));
+        Ok(self
+            .dims
+            .iter()
+            .zip(part.dims())
+            .map(|(axes, &len)| {
+                let index = axes.iter().filter_map(along).fold(0, |index, (size, i)| index * size + i);
+                index * len..(index + 1) * len
+            })
+            .collect())
+    }
+
+    /// Whether every device holds the whole value.
+    #[must_use]
+    pub fn is_replicated(&self) -> bool {
+        self.dims.iter().all(Vec::is_empty)
+    }
 }
 
 /// Prints Shardy's notation: `[{"fsdp"}, {}]`.
@@ -137,4 +186,31 @@ pub(crate) fn is_identifier(s: &str) -> bool {
     let mut chars = s.chars();
     chars.next().is_some_and(|c| c.is_ascii_alphabetic() || c == '_')
         && chars.all(|c| c.is_ascii_alphanumeric() || c == '_')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_tile_the_value() {
+        let mesh = Mesh::new(&[("data", 2), ("fsdp", 3), ("tensor", 2)]).unwrap();
+        assert_eq!(mesh.coordinates(0), [0, 0, 0]);
+        assert_eq!(mesh.coordinates(7), [1, 0, 1]);
+        let shape = Shape::from([4, 12]);
+        let s = Sharding::new(&[&["tensor"], &["fsdp", "data"]]);
+        assert_eq!(s.shard_bounds(&mesh, &shape, 7).unwrap(), [2..4, 2..4]);
+        let mut count = vec![0; 48];
+        for device in 0..12 {
+            let b = s.shard_bounds(&mesh, &shape, device).unwrap();
+            for r in b[0].clone() {
+                for c in b[1].clone() {
+                    count[r * 12 + c] += 1;
+                }
+            }
+        }
+        assert!(count.iter().all(|&n| n == 1));
+        assert_eq!(Sharding::replicated(2).shard_bounds(&mesh, &shape, 5).unwrap(), [0..4, 0..12]);
+        assert!(Sharding::new(&[&["fsdp"], &[]]).shard_bounds(&mesh, &shape, 0).is_err());
+    }
 }

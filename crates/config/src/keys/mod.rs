@@ -111,6 +111,8 @@ pub enum Kind {
     Choice(&'static [&'static str]),
     /// A list of texts.
     TextList,
+    /// A list of logical axes with their mesh axes.
+    AxisRules,
 }
 
 impl Kind {
@@ -124,6 +126,7 @@ impl Kind {
             Kind::Text => "string",
             Kind::Choice(_) => "enum",
             Kind::TextList => "list of strings",
+            Kind::AxisRules => "list of rules",
         }
     }
 }
@@ -373,6 +376,22 @@ pub const RESERVED_VARIABLES: &[(&str, &str)] = &[
     ("LAPIDARY_GOLDEN_DIR", "directory of a larger set of golden cases, for the tests"),
     ("LAPIDARY_OFFLINE", "when 1, nothing is downloaded"),
     ("LAPIDARY_LOG", "which log lines are shown"),
+];
+
+/// Every axis of MaxText's mesh. Those that are not offered have one device, so that rules may name them.
+pub const MESH_AXES: &[&str] = &[
+    "diloco",
+    "data",
+    "stage",
+    "fsdp",
+    "fsdp_transpose",
+    "context",
+    "context_usp_ulysses",
+    "context_autoregressive",
+    "tensor",
+    "tensor_sequence",
+    "expert",
+    "autoregressive",
 ];
 
 /// The tables, in the order of the reference.

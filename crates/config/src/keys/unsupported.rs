@@ -521,7 +521,6 @@ pub const GROUPS: &[Group] = &[
         reason: "the mesh and its rules are built in",
         inert: false,
         keys: &[
-            ("override_logical_axis_rules", Some(Bool(false))),
             ("internal_compile", Some(Bool(false))),
             ("internal_compile_num_devices", Some(Int(-1))),
             ("custom_mesh_and_rule", Some(Text(""))),
@@ -542,7 +541,6 @@ pub const GROUPS: &[Group] = &[
                     "autoregressive",
                 ])),
             ),
-            ("logical_axis_rules", None),
             ("data_sharding", None),
             (
                 "input_data_sharding_logical_axes",

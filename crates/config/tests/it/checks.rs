@@ -214,37 +214,43 @@ fn mesh() {
          ici_data_parallelism and ici_fsdp_parallelism"]
     );
     assert!(problems(&["ici_data_parallelism=-1", "ici_fsdp_parallelism=1"]).is_empty());
+    // One key/value head serves any number of devices.
+    assert!(problems(&["ici_tensor_parallelism=2"]).is_empty());
+    assert_eq!(problems(&["dcn_fsdp_parallelism=-1"]).len(), 1);
+    assert_eq!(problems(&["override_logical_axis_rules=true"]).len(), 1);
+    let rules = tiny(&["logical_axis_rules=[[embed,[fsdp,context]],[mlp,tensor]]"]).unwrap().mesh.rules;
     assert_eq!(
-        problems(&["ici_tensor_parallelism=2"]),
-        ["ici_tensor_parallelism (command line): 2 devices cannot share 1 key/value head"]
+        rules,
+        [
+            ("embed".to_owned(), vec!["fsdp".to_owned(), "context".to_owned()]),
+            ("mlp".to_owned(), vec!["tensor".to_owned()]),
+        ]
     );
-    let e4b = |n: u32| crate::resolve(&["model_name=gemma4-e4b", &format!("ici_tensor_parallelism={n}")]);
-    assert!(e4b(2).is_ok());
-    assert_eq!(messages(e4b(4)).len(), 1);
+    let unknown = problems(&["logical_axis_rules=[[embed,fsdq]]"]);
+    assert_eq!(unknown.len(), 1);
+    let start =
+        "logical_axis_rules (command line): the rule of `embed` names `fsdq`, which is not one of `diloco`, `data`,";
+    assert!(unknown[0].starts_with(start), "{unknown:?}");
+    assert_eq!(problems(&["logical_axis_rules=[embed]"]).len(), 1);
     assert_eq!(problems(&["ici_fsdp_parallelism=0"]).len(), 1);
     assert_eq!(
         problems(&["ici_expert_parallelism=2"]),
         ["ici_expert_parallelism (command line): `2` is not supported: the model is dense and has no experts to \
           spread; use the fsdp axis"]
     );
-    for axis in [
-        "diloco",
-        "sequence",
-        "context",
-        "context_usp_ulysses",
-        "context_autoregressive",
-        "tensor_sequence",
-        "pipeline",
-        "expert",
-        "autoregressive",
-    ] {
+    for axis in
+        ["diloco", "sequence", "context_usp_ulysses", "context_autoregressive", "pipeline", "expert", "autoregressive"]
+    {
         for group in ["ici", "dcn"] {
             assert_eq!(problems(&[&format!("{group}_{axis}_parallelism=2")]).len(), 1, "{group} {axis}");
             assert!(problems(&[&format!("{group}_{axis}_parallelism=1")]).is_empty(), "{group} {axis}");
         }
     }
-    assert_eq!(problems(&["dcn_data_parallelism=2"]).len(), 1);
-    assert!(problems(&["dcn_data_parallelism=1"]).is_empty());
+    for axis in ["data", "fsdp", "fsdp_transpose", "context", "tensor", "tensor_sequence"] {
+        for group in ["ici", "dcn"] {
+            assert!(problems(&[&format!("{group}_{axis}_parallelism=2")]).is_empty(), "{group} {axis}");
+        }
+    }
 }
 
 #[test]

@@ -115,7 +115,8 @@ fn defaults_of_maxtext_are_accepted_one_by_one() {
         )],
     );
     let config = resolve(&[&file, "model_name=tiny-e2b"]).unwrap();
-    assert_eq!(config.notes().len(), 2);
+    assert_eq!(config.notes().len(), 1);
+    assert_eq!(config.mesh.rules, [("vocab".to_owned(), vec!["tensor".to_owned()])]);
     assert_eq!(messages(tiny(&["v_norm_with_scale=true", "override_model_config=true"])).len(), 1);
 }
 

@@ -1,11 +1,12 @@
 //! From a configuration to everything a run is built of, before a device is asked.
 
-use config::{Config, FloatType, MatmulPrecision, OptimizerKind, Origin, Profiler, RematPolicy};
+use config::{Config, FloatType, MatmulPrecision, MeshShape, OptimizerKind, Origin, Profiler, RematPolicy};
 use gemma4::decoder::LayerRemat;
 use gemma4::layer::names;
 use gemma4::layout::{Layout, Slot};
 use gemma4::loss::{HeadGradient, LossOptions};
 use gemma4::params::EMBED_TOKENS_PER_LAYER;
+use gemma4::partition::{Partition, Rules};
 use gemma4::{Arch, Flops, param_table};
 use regex::Regex;
 use tensor::{DType, ParamSpec, Part};
@@ -76,12 +77,21 @@ impl Masks {
 }
 
 impl Plan {
-    /// Checks what the configuration asks for and lays it out for one device.
+    /// Checks what the configuration asks for and lays it out for as many devices as its axes ask for.
     ///
     /// # Errors
-    /// Names the key that cannot be followed.
+    /// As [`on`](Self::on).
     pub fn new(config: &Config, arch: Arch) -> Result<Self, TrainError> {
+        Self::on(config, arch, &config.mesh.resolve(config.mesh.wanted(), 1)?)
+    }
+
+    /// Checks what the configuration asks for and lays it out on a mesh. Batch and work are those of all devices.
+    ///
+    /// # Errors
+    /// Names the key that cannot be followed, and the parameter and axis that the mesh does not divide.
+    pub fn on(config: &Config, arch: Arch, mesh: &MeshShape) -> Result<Self, TrainError> {
         refuse(config)?;
+        let devices = mesh.devices();
         let masks = Masks::new(config)?;
         let layout = match config.memory.scan_layers {
             true => {
@@ -89,8 +99,21 @@ impl Plan {
             }
             false => Layout::unrolled(&arch),
         };
-        let batch = config.run.batch(1)?;
+        let batch = config.run.batch(devices)?;
         let (rows, seq) = (batch.micro, config.run.max_target_length);
+        let asked = config.run.per_device_batch_size * devices as f64;
+        if asked != rows as f64 {
+            let s = if devices == 1 { "" } else { "s" };
+            let reason = format!("{asked} sequences on {devices} device{s}: give a number that makes them whole");
+            return Err(TrainError::Key { key: "per_device_batch_size", reason });
+        }
+        let layout = partitioned(layout, config, &arch, mesh, (rows, batch.eval))?;
+        // What one device has of tokens and vocabulary.
+        let (parts, vocab) = match layout.partition() {
+            Some(p) => (p.batch_parts() * p.token_length_parts(), arch.vocab_size() / p.vocab_parts(arch.vocab_size())),
+            None => (1, arch.vocab_size()),
+        };
+        let tokens = rows * seq / parts;
         let dtype = float(config.numerics.dtype);
         let weight_dtype = float(config.numerics.weight_dtype);
         let o = &config.optimizer;
@@ -113,8 +136,12 @@ impl Plan {
         let written = !matches!(config.origin("num_vocab_tiling"), None | Some(Origin::Default));
         let blocks = match written {
             true => config.memory.num_vocab_tiling,
-            false => blocks_that_pay(rows * seq, arch.vocab_size()),
+            false => blocks_that_pay(tokens, vocab),
         };
+        if !tokens.is_multiple_of(blocks) {
+            let reason = format!("{tokens} tokens a device are not divisible into {blocks} blocks");
+            return Err(TrainError::Key { key: "num_vocab_tiling", reason });
+        }
         let table = param_table(&arch);
         let ple_trained = table.iter().any(|p| p.name == EMBED_TOKENS_PER_LAYER && masks.role(p).0);
         let step = StepOptions {
@@ -281,6 +308,58 @@ impl Plan {
     }
 }
 
+/// The layout on the mesh, if it has several devices and everything divides.
+fn partitioned(
+    layout: Layout,
+    config: &Config,
+    arch: &Arch,
+    mesh: &MeshShape,
+    (rows, eval_rows): (usize, usize),
+) -> Result<Layout, TrainError> {
+    let key = |key: &'static str, reason: String| TrainError::Key { key, reason };
+    let m = &config.mesh;
+    let rules = if m.only_rules { Rules::only(m.rules.clone()) } else { Rules::replacing(&m.rules) };
+    let partition = Partition::new(&mesh.sizes(), rules).map_err(|e| key("logical_axis_rules", e.to_string()))?;
+    let (batch, length) = (partition.batch_parts(), partition.length_parts());
+    for (name, rows) in [("per_device_batch_size", rows), ("eval_per_device_batch_size", eval_rows)] {
+        if !rows.is_multiple_of(batch) {
+            let reason = format!(
+                "{rows} sequences on {} devices cannot be dealt out evenly to {batch}, the devices that share a batch",
+                mesh.devices()
+            );
+            return Err(key(name, reason));
+        }
+    }
+    let seq = config.run.max_target_length;
+    if !seq.is_multiple_of(length) {
+        let reason = format!("{seq} is not divisible by {length}, the devices that share a sequence");
+        return Err(key("max_target_length", reason));
+    }
+    let first = m.ici.iter().zip(&m.dcn).position(|(i, d)| *i > 1 || *d > 1);
+    let axis = first.map_or("ici_fsdp_parallelism", |i| {
+        [
+            "ici_data_parallelism",
+            "ici_fsdp_parallelism",
+            "ici_fsdp_transpose_parallelism",
+            "ici_context_parallelism",
+            "ici_tensor_parallelism",
+            "ici_tensor_sequence_parallelism",
+        ][i]
+    });
+    let (whole, largest) = partition.whole_share(arch).map_err(|e| key(axis, e.to_string()))?;
+    if whole > m.sharding_tolerance {
+        let reason = format!(
+            "{:.1} % of the parameters would lie whole on every device, more than {:.1} %; the largest is {}; change \
+             logical_axis_rules or raise this",
+            whole * 100.0,
+            m.sharding_tolerance * 100.0,
+            largest.unwrap_or_default()
+        );
+        return Err(key("sharding_tolerance", reason));
+    }
+    layout.partitioned(partition).map_err(|e| key(axis, e.to_string()))
+}
+
 /// Frozen parameters are only ever read in the activation dtype.
 fn frozen_dtype(activations: DType) -> DType {
     activations
@@ -345,9 +424,6 @@ fn refuse(config: &Config) -> Result<(), TrainError> {
     }
     if !config.checkpoint.load_full_state_path.is_empty() {
         return key("load_full_state_path", "give run_name of the run to continue instead");
-    }
-    if config.run.per_device_batch_size < 1.0 || config.run.per_device_batch_size.fract() != 0.0 {
-        return key("per_device_batch_size", "must be a whole number on one device");
     }
     Ok(())
 }

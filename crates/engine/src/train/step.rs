@@ -6,7 +6,8 @@ use gemma4::Arch;
 use gemma4::layout::{Layout, Slot};
 use gemma4::loss::{BatchValues, HeadGradient, LossOptions, LossSums, loss_sums};
 use gemma4::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
-use graph::{Graph, GraphError, InputOptions, OutputOptions, Program, Value};
+use gemma4::partition::names as axis;
+use graph::{Graph, GraphError, InputOptions, OutputOptions, Program, Sharding, Value};
 use tensor::{DType, Shape};
 
 use super::optimizer::{Moments, Update, apply, sum_of_squares};
@@ -154,7 +155,7 @@ impl Builder<'_> {
         self.slots()
             .map(|s| {
                 let role = (self.role)(s);
-                let options = InputOptions { donate: donate && role.trained, ..InputOptions::default() };
+                let options = InputOptions { donate: donate && role.trained, sharding: s.sharding.clone() };
                 let v = self.g.input_with(&s.name, role.dtype, s.shape.clone(), options)?;
                 Ok((s.name.clone(), v))
             })
@@ -168,11 +169,15 @@ impl Builder<'_> {
         if o.segments {
             fields.push(names::SEGMENTS);
         }
+        let input = |name: &str, dtype, shape: &[usize]| {
+            let sharding = batch_sharding(self.layout, shape);
+            self.g.input_with(name, dtype, shape.to_vec(), InputOptions { sharding, ..InputOptions::default() })
+        };
         let mut batch: Vec<Value> =
-            fields.into_iter().map(|f| self.g.input(f, DType::I32, shape.clone())).collect::<Result<_>>()?;
+            fields.into_iter().map(|f| input(f, DType::I32, shape.dims())).collect::<Result<_>>()?;
         if let (PerLayerTable::Host(dtype), Some(p)) = (o.per_layer, self.arch.per_layer_input()) {
             let wide = [shape.dims(), &[self.arch.layers().len() * p.width]].concat();
-            batch.push(self.g.input(names::PER_LAYER_ROWS, dtype, wide)?);
+            batch.push(input(names::PER_LAYER_ROWS, dtype, &wide)?);
         }
         Ok(batch)
     }
@@ -219,9 +224,13 @@ impl Builder<'_> {
             let grads = grads
                 .into_iter()
                 .zip(&wrt)
-                .map(|(grad, &p)| match grad {
-                    Some(grad) => g.convert(grad, DType::F32),
-                    None => g.splat(DType::F32, g.shape(p), 0.0),
+                .zip(wanted)
+                .map(|((grad, &p), slot)| {
+                    let grad = match grad {
+                        Some(grad) => g.convert(grad, DType::F32)?,
+                        None => g.splat(DType::F32, g.shape(p), 0.0)?,
+                    };
+                    like_slot(g, slot, grad)
                 })
                 .collect::<Result<_>>()?;
             Ok((sums, grads))
@@ -233,7 +242,7 @@ impl Builder<'_> {
         let zero = g.scalar(DType::F32, 0.0)?;
         let mut carry = vec![zero; 3];
         for s in wanted {
-            carry.push(g.splat(DType::F32, s.shape.clone(), 0.0)?);
+            carry.push(like_slot(g, s, g.splat(DType::F32, s.shape.clone(), 0.0)?)?);
         }
         let consts: Vec<Value> = names.iter().map(|n| inputs.params[n]).collect();
         let (out, _) = g.scan(n, &carry, &inputs.batch, &consts, |g, c, x, k| {
@@ -261,14 +270,15 @@ pub fn step_program(
     options: &StepOptions,
     role: &dyn Fn(&Slot) -> Role,
 ) -> Result<Program> {
-    let g = Graph::new("train_step");
+    let g = on_mesh("train_step", layout)?;
     let b = Builder { g: &g, arch, layout, options, role };
     let params = b.parameters(true)?;
     let trained: Vec<&Slot> = b.slots().filter(|s| role(s).trained).collect();
     let mut moments = vec![Moments::default(); trained.len()];
     for (prefix, dtype) in options.update.moment_dtypes() {
         for (slot, m) in trained.iter().zip(&mut moments) {
-            let donated = InputOptions { donate: true, ..InputOptions::default() };
+            // Moments lie as their parameter does: under fsdp every device holds its part of them.
+            let donated = InputOptions { donate: true, sharding: slot.sharding.clone() };
             let v = g.input_with(&format!("{prefix}{}", slot.name), dtype, slot.shape.clone(), donated)?;
             m.set(prefix, v);
         }
@@ -296,13 +306,13 @@ pub fn step_program(
     }
     let param_square = total(&g, &squares)?;
     for (slot, (p, _)) in trained.iter().zip(&new) {
-        let reuse = OutputOptions { reuse: Some(inputs.params[&slot.name]), ..OutputOptions::default() };
+        let reuse = OutputOptions { reuse: Some(inputs.params[&slot.name]), sharding: slot.sharding.clone() };
         g.output_with(&slot.name, *p, reuse)?;
     }
     for (prefix, _) in options.update.moment_dtypes() {
         for ((slot, (_, after)), before) in trained.iter().zip(&new).zip(&moments) {
             if let (Some(value), Some(reuses)) = (after.get(prefix), before.get(prefix)) {
-                let reuse = OutputOptions { reuse: Some(reuses), ..OutputOptions::default() };
+                let reuse = OutputOptions { reuse: Some(reuses), sharding: slot.sharding.clone() };
                 g.output_with(&format!("{prefix}{}", slot.name), value, reuse)?;
             }
         }
@@ -324,14 +334,15 @@ pub fn gradient_program(
     options: &StepOptions,
     role: &dyn Fn(&Slot) -> Role,
 ) -> Result<Program> {
-    let g = Graph::new("gradients");
+    let g = on_mesh("gradients", layout)?;
     let b = Builder { g: &g, arch, layout, options, role };
     let inputs = b.inputs(options.accumulation)?;
     let slots: Vec<&Slot> = b.slots().filter(|s| role(s).trained).collect();
     let (sums, grads) = b.gradients(&inputs, &slots)?;
     let mean = per_target(&g, &sums)?;
     for (slot, &grad) in slots.iter().zip(&grads) {
-        g.output(&format!("{}{}", names::GRAD, slot.name), g.mul_bcast(grad, mean)?)?;
+        let options = OutputOptions { sharding: slot.sharding.clone(), ..OutputOptions::default() };
+        g.output_with(&format!("{}{}", names::GRAD, slot.name), g.mul_bcast(grad, mean)?, options)?;
     }
     let zero = g.scalar(DType::F32, 0.0)?;
     output_sums(&g, &[sums.total, sums.z, sums.weight, zero, zero])?;
@@ -348,13 +359,39 @@ pub fn eval_program(
     options: &StepOptions,
     role: &dyn Fn(&Slot) -> Role,
 ) -> Result<Program> {
-    let g = Graph::new("eval");
+    let g = on_mesh("eval", layout)?;
     let b = Builder { g: &g, arch, layout, options, role };
     let inputs = b.inputs(1)?;
     let sums = b.sums(&g, &inputs.params, &only(&g, &inputs.batch)?, HeadGradient::None)?;
     let zero = g.scalar(DType::F32, 0.0)?;
     output_sums(&g, &[sums.total, sums.z, sums.weight, zero, zero])?;
     g.finish()
+}
+
+/// A graph on the layout's mesh, if it has one.
+fn on_mesh(name: &str, layout: &Layout) -> Result<Graph> {
+    let g = Graph::new(name);
+    if let Some(p) = layout.partition() {
+        let axes: Vec<(&str, usize)> = p.mesh().axes().iter().map(|(n, s)| (n.as_str(), *s)).collect();
+        g.set_mesh(&axes)?;
+    }
+    Ok(g)
+}
+
+/// How a batch field `[accumulation, rows, seq, ..]` lies on the layout's mesh.
+#[must_use]
+pub fn batch_sharding(layout: &Layout, shape: &[usize]) -> Option<Sharding> {
+    let logical = [axis::WHOLE, axis::BATCH, axis::LENGTH].into_iter().chain(std::iter::repeat(axis::WHOLE));
+    let dims: Vec<(&str, usize)> = logical.zip(shape.iter().copied()).collect();
+    layout.partition().map(|p| p.activation(&dims))
+}
+
+/// A value of a slot's shape, which lies as the slot does.
+fn like_slot(g: &Graph, slot: &Slot, v: Value) -> Result<Value> {
+    match &slot.sharding {
+        Some(s) => g.sharding_constraint(v, s.clone()),
+        None => Ok(v),
+    }
 }
 
 /// The fields of the only micro-batch.

@@ -1,0 +1,256 @@
+//! Arrays cut over the devices of a mesh: parts of host arrays, and buffers that hold one part a device.
+
+use std::ops::Range;
+
+use graph::{Mesh, Sharding};
+use pjrt::{Buffer, Client, Executable};
+use tensor::{DType, HostArray, Shape};
+
+use crate::{EngineError, Result};
+
+/// Calls `f` with the byte ranges (in the whole, in the part) of every contiguous run of the box `bounds` of an array.
+fn runs(
+    shape: &Shape,
+    bounds: &[Range<usize>],
+    element: usize,
+    mut f: impl FnMut(Range<usize>, Range<usize>),
+) -> Result<()> {
+    let dims = shape.dims();
+    let fits = bounds.len() == dims.len() && bounds.iter().zip(dims).all(|(b, &d)| b.start <= b.end && b.end <= d);
+    if !fits {
+        return Err(EngineError::Input(format!("{bounds:?} is no part of an array {shape}")));
+    }
+    if bounds.iter().any(Range::is_empty) {
+        return Ok(());
+    }
+    let strides = shape.strides();
+    // From this dimension on the box is whole, so that it is one run for every index before it.
+    let inner = (0..dims.len()).rev().find(|&i| bounds[i].len() != dims[i]).unwrap_or(0);
+    let run = bounds.iter().skip(inner).map(Range::len).product::<usize>() * element;
+    let outer = &bounds[..inner.min(bounds.len())];
+    let mut index: Vec<usize> = outer.iter().map(|b| b.start).collect();
+    let first: usize = bounds.iter().zip(&strides).skip(inner).map(|(b, s)| b.start * s).sum();
+    let mut to = 0;
+    loop {
+        let from = (index.iter().zip(&strides).map(|(i, s)| i * s).sum::<usize>() + first) * element;
+        f(from..from + run, to..to + run);
+        to += run;
+        let Some(d) = (0..outer.len()).rev().find(|&d| index[d] + 1 < outer[d].end) else { return Ok(()) };
+        index[d] += 1;
+        for later in d + 1..outer.len() {
+            index[later] = outer[later].start;
+        }
+    }
+}
+
+fn shape_of(bounds: &[Range<usize>]) -> Shape {
+    bounds.iter().map(Range::len).collect::<Vec<_>>().into()
+}
+
+/// The part of an array, given as bytes, within `bounds`.
+///
+/// # Errors
+/// When the bounds leave the array, or memory is short.
+pub fn cut(bytes: &[u8], dtype: DType, shape: &Shape, bounds: &[Range<usize>]) -> Result<HostArray> {
+    if shape.checked_bytes(dtype).map_err(tensor::HostError::from)? != bytes.len() {
+        return Err(EngineError::Input(format!("{} bytes are no array {dtype}{shape}", bytes.len())));
+    }
+    let mut part = HostArray::zeros(dtype, shape_of(bounds))?;
+    let out = part.bytes_mut();
+    runs(shape, bounds, dtype.size(), |from, to| out[to].copy_from_slice(&bytes[from]))?;
+    Ok(part)
+}
+
+/// Writes a part back into the array it was cut from.
+///
+/// # Errors
+/// When dtype or shape do not fit.
+pub fn paste(whole: &mut HostArray, bounds: &[Range<usize>], part: &HostArray) -> Result<()> {
+    if part.dtype() != whole.dtype() || *part.shape() != shape_of(bounds) {
+        return Err(EngineError::Input(format!("a part {}{} does not fit", part.dtype(), part.shape())));
+    }
+    let (shape, element) = (whole.shape().clone(), whole.dtype().size());
+    let out = whole.bytes_mut();
+    runs(&shape, bounds, element, |to, from| out[to].copy_from_slice(&part.bytes()[from]))
+}
+
+/// An array on all devices of a mesh, or whole on one device: one buffer a device, in the order of a program's devices.
+#[derive(Debug)]
+pub struct Sharded {
+    dtype: DType,
+    shape: Shape,
+    sharding: Sharding,
+    parts: Vec<Buffer>,
+}
+
+impl Sharded {
+    /// Takes over the parts that a program gave.
+    ///
+    /// # Errors
+    /// When there is not one for each device.
+    pub fn new(dtype: DType, shape: Shape, sharding: Sharding, parts: Vec<Buffer>, mesh: &Mesh) -> Result<Self> {
+        if parts.len() != mesh.devices() {
+            return Err(EngineError::Input(format!("{} parts for {} devices", parts.len(), mesh.devices())));
+        }
+        Ok(Sharded { dtype, shape, sharding, parts })
+    }
+
+    /// Makes one part after the other and copies it to every device that holds it, into memory of the device's own: a step may
+    /// take it over. `part` is asked for the part within bounds, once for each different part.
+    ///
+    /// # Errors
+    /// When the sharding does not fit, `part` fails, or the device refuses.
+    pub fn place<E: From<EngineError>>(
+        client: &Client,
+        mesh: &Mesh,
+        (dtype, shape): (DType, &Shape),
+        sharding: &Sharding,
+        part: &mut dyn FnMut(&[Range<usize>]) -> std::result::Result<HostArray, E>,
+    ) -> std::result::Result<Self, E> {
+        let mut parts: Vec<Option<Buffer>> = (0..mesh.devices()).map(|_| None).collect();
+        for Part { bounds, devices } in parts_of(mesh, shape, sharding)? {
+            let host = part(&bounds)?;
+            if host.dtype() != dtype || *host.shape() != shape_of(&bounds) {
+                return Err(EngineError::Input(format!("a part is {}{}", host.dtype(), host.shape())).into());
+            }
+            for device in devices {
+                parts[device] = Some(client.buffer_from_host(&host, device).map_err(EngineError::from)?);
+            }
+        }
+        let parts = parts.into_iter().flatten().collect();
+        Ok(Sharded { dtype, shape: shape.clone(), sharding: sharding.clone(), parts })
+    }
+
+    /// Cuts a host array and copies every part to its device.
+    ///
+    /// # Errors
+    /// As [`place`](Self::place).
+    pub fn from_host(client: &Client, mesh: &Mesh, host: &HostArray, sharding: &Sharding) -> Result<Self> {
+        let what = (host.dtype(), host.shape());
+        if mesh.devices() == 1 {
+            let parts = vec![client.buffer_from_host(host, 0)?];
+            return Self::new(what.0, what.1.clone(), sharding.clone(), parts, mesh);
+        }
+        Self::place(client, mesh, what, sharding, &mut |b| cut(host.bytes(), host.dtype(), host.shape(), b))
+    }
+
+    /// The element type.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The shape of the whole.
+    #[must_use]
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// The part on a device.
+    #[must_use]
+    pub fn part(&self, device: usize) -> Option<&Buffer> {
+        self.parts.get(device)
+    }
+
+    /// Puts the whole together on the host. Every part is read once, from the first device that holds it.
+    ///
+    /// # Errors
+    /// When a buffer is gone, its program failed, or memory is short.
+    pub fn to_host(&self, mesh: &Mesh) -> Result<HostArray> {
+        if let [only] = &self.parts[..] {
+            return Ok(only.to_host()?);
+        }
+        let mut whole = HostArray::zeros(self.dtype, self.shape.clone())?;
+        for Part { bounds, devices } in parts_of(mesh, &self.shape, &self.sharding)? {
+            let buffer = devices.first().and_then(|&d| self.parts.get(d));
+            let buffer = buffer.ok_or_else(|| EngineError::Input("a part is missing".into()))?;
+            paste(&mut whole, &bounds, &buffer.to_host()?)?;
+        }
+        Ok(whole)
+    }
+}
+
+/// A part of an array and the devices that hold it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// Where it lies in the whole.
+    pub bounds: Vec<Range<usize>>,
+    /// The devices, ascending.
+    pub devices: Vec<usize>,
+}
+
+/// The different parts of an array, in the order of the first devices that hold them.
+///
+/// # Errors
+/// When the sharding does not fit the array.
+pub fn parts_of(mesh: &Mesh, shape: &Shape, sharding: &Sharding) -> Result<Vec<Part>> {
+    let mut parts: Vec<Part> = Vec::new();
+    for device in 0..mesh.devices() {
+        let bounds = sharding.shard_bounds(mesh, shape, device).map_err(EngineError::Input)?;
+        match parts.iter_mut().find(|p| p.bounds == bounds) {
+            Some(same) => same.devices.push(device),
+            None => parts.push(Part { bounds, devices: vec![device] }),
+        }
+    }
+    Ok(parts)
+}
+
+/// Runs a program on arrays that lie as it wants them; results by position, one buffer a device.
+///
+/// # Errors
+/// When an array lacks a part, the arguments do not fit, or the plugin refuses.
+pub fn execute(executable: &Executable, arguments: &[&Sharded]) -> Result<Vec<Vec<Buffer>>> {
+    let mut lists: Vec<Vec<&Buffer>> = Vec::with_capacity(executable.devices().len());
+    for device in 0..executable.devices().len() {
+        let parts: Vec<&Buffer> = arguments.iter().filter_map(|a| a.parts.get(device)).collect();
+        if parts.len() != arguments.len() {
+            let message = "an argument lies on fewer devices than the program runs on";
+            return Err(EngineError::Input(message.into()));
+        }
+        lists.push(parts);
+    }
+    let results = executable.execute_sharded(&lists)?;
+    let count = results.first().map_or(0, Vec::len);
+    let mut by_result: Vec<Vec<Buffer>> = (0..count).map(|_| Vec::with_capacity(results.len())).collect();
+    for device in results {
+        for (list, buffer) in by_result.iter_mut().zip(device) {
+            list.push(buffer);
+        }
+    }
+    Ok(by_result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_put_together_are_the_whole() {
+        let mesh = Mesh::new(&[("a", 2), ("b", 2)]).unwrap();
+        let shape = Shape::from([2, 4, 6]);
+        let values: Vec<i32> = (0..48).collect();
+        let whole = HostArray::from_slice(shape.clone(), &values).unwrap();
+        let cases: [&[&[&str]]; 5] = [
+            &[&["a"], &["b"], &[]],
+            &[&[], &["b", "a"], &[]],
+            &[&[], &[], &["a"]],
+            &[&["b"], &[], &["a"]],
+            &[&[], &[], &[]],
+        ];
+        for axes in cases {
+            let s = Sharding::new(axes);
+            let mut again = HostArray::zeros(DType::I32, shape.clone()).unwrap();
+            for Part { bounds: b, .. } in parts_of(&mesh, &shape, &s).unwrap() {
+                let part = cut(whole.bytes(), DType::I32, &shape, &b).unwrap();
+                let first = (b[0].start * 24 + b[1].start * 6 + b[2].start) as i32;
+                assert_eq!(part.as_slice::<i32>().unwrap()[0], first, "{s}");
+                paste(&mut again, &b, &part).unwrap();
+            }
+            assert_eq!(again.as_slice::<i32>().unwrap(), values, "{s}");
+        }
+        let scalar = HostArray::from_slice(Shape::scalar(), &[7i32]).unwrap();
+        assert_eq!(cut(scalar.bytes(), DType::I32, scalar.shape(), &[]).unwrap().bytes(), scalar.bytes());
+        assert!(cut(whole.bytes(), DType::I32, &shape, &[0..2, 0..5, 0..6]).is_err());
+        assert!(cut(whole.bytes(), DType::I32, &shape, &[0..2]).is_err());
+    }
+}
