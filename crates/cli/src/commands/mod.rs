@@ -9,6 +9,7 @@ pub(crate) mod doctor;
 pub(crate) mod flops;
 pub(crate) mod init;
 pub(crate) mod inspect;
+pub(crate) mod plan;
 pub(crate) mod plugin;
 pub(crate) mod quickstart;
 pub(crate) mod report;
