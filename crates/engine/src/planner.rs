@@ -1,61 +1,16 @@
 //! Which mesh a step fits on: bytes a device and bytes over the links, for every way to lay devices out.
 
-use config::{Config, Origin};
+use config::{Config, MeshShape};
 use gemma4::decoder::LayerRemat;
 use gemma4::layout::Slot;
 use gemma4::memory::{Memory, SlotUse, StepShape, memory};
-use gemma4::partition::{Partition, Rules, names as axis};
 use gemma4::Arch;
 use serde::Serialize;
-use tensor::Shape;
 
 use crate::targets::Machine;
 use crate::train::TrainError;
 use crate::train::plan::Plan;
 use crate::train::step::PerLayerTable;
-
-/// Sizes of the mesh's axes, by name.
-pub type Sizes = [(&'static str, usize); 6];
-
-/// A run laid out on a mesh of these sizes.
-///
-/// # Errors
-/// When the configuration cannot be followed, or the mesh does not divide batch, sequence or a parameter.
-pub fn plan_on(config: &Config, arch: &Arch, sizes: &Sizes) -> Result<Plan, TrainError> {
-    let key = |key: &'static str, reason: String| TrainError::Key { key, reason };
-    let mut plan = Plan::new(config, arch.clone())?;
-    let devices: usize = sizes.iter().map(|s| s.1).product();
-    plan.step.rows = config.run.batch(devices)?.micro;
-    if devices == 1 {
-        return Ok(plan);
-    }
-    let rules = rules(config);
-    let partition = Partition::new(sizes, rules).map_err(|e| key("logical_axis_rules", e.to_string()))?;
-    let (b, t) = (partition.batch_parts(), partition.length_parts());
-    if !plan.step.rows.is_multiple_of(b) {
-        let rows = plan.step.rows;
-        return Err(key("per_device_batch_size", format!("{rows} sequences are not divisible over {b} devices")));
-    }
-    if !plan.step.seq.is_multiple_of(t) {
-        let seq = plan.step.seq;
-        return Err(key("max_target_length", format!("{seq} tokens are not divisible over {t} devices")));
-    }
-    if matches!(config.origin("num_vocab_tiling"), None | Some(Origin::Default)) {
-        let cut = partition.activation(&[(axis::VOCAB, arch.vocab_size())]);
-        let whole = Shape::from([arch.vocab_size()]);
-        let vocab = cut.shard_shape(partition.mesh(), &whole).map_or(arch.vocab_size(), |s| s.elements());
-        plan.step.loss.blocks = crate::train::plan::blocks_that_pay(plan.step.rows * plan.step.seq / (b * t), vocab);
-    }
-    plan.layout =
-        plan.layout.partitioned(partition).map_err(|e| key("ici_fsdp_parallelism", e.to_string()))?;
-    Ok(plan)
-}
-
-fn rules(config: &Config) -> Rules {
-    let given: Vec<(String, Vec<String>)> =
-        config.mesh.rules.iter().map(|r| (r.logical.clone(), r.mesh.clone())).collect();
-    if config.mesh.only_rules { Rules::only(given) } else { Rules::replacing(&given) }
-}
 
 /// Bytes of a planned step on one device.
 #[must_use]
@@ -203,24 +158,18 @@ pub fn candidates(
     devices: usize,
     machine: Option<&Machine>,
 ) -> Result<Vec<Candidate>, TrainError> {
-    // What is wrong on one device is wrong on all.
-    Plan::new(config, arch.clone())?;
+    // Whether a mesh leaves weights whole is a question of what fits here, not of principle.
+    let mut config = config.clone();
+    config.mesh.sharding_tolerance = 1.0;
     let mut out = Vec::new();
     let divisors = |n: usize| (1..=n).filter(move |d| n.is_multiple_of(*d));
     for data in divisors(devices) {
         for fsdp in divisors(devices / data) {
             for context in divisors(devices / data / fsdp) {
                 let tensor = devices / data / fsdp / context;
-                let sizes: Sizes = [
-                    ("data", data),
-                    ("fsdp", fsdp),
-                    ("fsdp_transpose", 1),
-                    ("context", context),
-                    ("tensor", tensor),
-                    ("tensor_sequence", 1),
-                ];
-                let mesh = sizes.into_iter().filter(|s| s.1 > 1).collect();
-                let figures = match plan_on(config, arch, &sizes) {
+                let shape = MeshShape { ici: [data, fsdp, 1, context, tensor, 1], dcn: [1; 6] };
+                let mesh = shape.sizes().into_iter().filter(|s| s.1 > 1).collect();
+                let figures = match Plan::on(&config, arch.clone(), &shape) {
                     Ok(plan) => Ok(Figures::of(&plan, machine)),
                     Err(e) => Err(e.to_string()),
                 };

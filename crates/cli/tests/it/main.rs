@@ -8,6 +8,7 @@ mod convert;
 mod convert_faults;
 mod doctor;
 mod flops;
+mod plan;
 mod plugin;
 mod report;
 mod train;
@@ -79,7 +80,7 @@ fn no_test_file_is_forgotten() {
 
 #[test]
 fn help_teaches_by_example() {
-    for words in ["", "flops", "report", "config show", "config explain", "doctor", "plugin list", "plugin fetch"] {
+    for words in ["", "flops", "report", "config show", "config explain", "doctor", "plan", "compile", "plugin list", "plugin fetch"] {
         let args: Vec<&str> = words.split_whitespace().chain(["--help"]).collect();
         let help = lapidary(&args).exits(0).stdout;
         assert!(help.contains("  lapidary "), "{words}: {help}");

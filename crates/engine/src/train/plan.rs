@@ -366,7 +366,7 @@ fn frozen_dtype(activations: DType) -> DType {
 }
 
 /// As few blocks as keep one block's logits near [`BLOCK_BYTES`].
-pub(crate) fn blocks_that_pay(rows: usize, vocab: usize) -> usize {
+fn blocks_that_pay(rows: usize, vocab: usize) -> usize {
     let wanted = (rows * vocab * 4).div_ceil(BLOCK_BYTES).clamp(1, rows.max(1));
     (wanted..=rows).find(|b| rows.is_multiple_of(*b)).unwrap_or(1)
 }
