@@ -181,16 +181,17 @@ pub fn candidates(
 }
 
 /// Puts the best first: what fits `limit` bytes before what does not; then by time where it is known, in steps of a twentieth,
-/// because the figures are no better than that; then fewer axes, then less memory.
+/// because the figures are no better than that; then fewer axes, fewer bytes sent, less memory.
 pub fn rank(candidates: &mut [Candidate], limit: Option<u64>) {
     let key = |c: &Candidate| match &c.figures {
-        Err(_) => (2, 0, 0, 0),
+        Err(_) => (2, 0, 0, 0, 0),
         Ok(f) => {
+            let sent = f.traffic.total() as u64;
             let total = f.memory.total();
             let fits = limit.is_none_or(|l| total <= l);
             let time = f.seconds().map_or(0, |s| (s.max(1e-12).ln() * 20.0).round() as i64);
             // What does not fit is ordered by how far off it is.
-            if fits { (0, time, c.mesh.len(), total) } else { (1, 0, 0, total) }
+            if fits { (0, time, c.mesh.len(), sent, total) } else { (1, 0, 0, 0, total) }
         }
     };
     candidates.sort_by_key(key);

@@ -67,8 +67,10 @@ pub struct Memory {
     pub kept: u64,
     /// Working set of the layer that needs most, weights gathered for it included.
     pub layer: u64,
-    /// Head: a block's logits and their gradients, the table gathered, its gradient before it is summed over devices.
+    /// A block's logits and their gradients.
     pub head: u64,
+    /// The head's table as it is used, in the activation dtype, and its gradient before it is summed over devices.
+    pub head_table: u64,
     /// Per-layer table on the device: rows and their gradient.
     pub per_layer: u64,
 }
@@ -84,8 +86,9 @@ impl Memory {
     /// layers; the update, when all gradients are there.
     #[must_use]
     pub fn temporaries(&self) -> u64 {
-        let head = self.rounded + self.kept + self.per_layer + self.head;
-        let layers = self.rounded + self.kept + self.per_layer + self.gradients + self.layer;
+        let head = self.rounded + self.kept + self.per_layer + self.head + self.head_table;
+        // The table's gradient waits there until it is summed over devices.
+        let layers = self.rounded + self.kept + self.per_layer + self.gradients + self.layer + self.head_table;
         let update = self.gradients + self.tables;
         head.max(layers).max(update)
     }
@@ -101,6 +104,8 @@ impl Memory {
 mod working {
     /// Of the MLP's width: gate, up, their product and two gradients.
     pub(super) const MLP: u64 = 5;
+    /// Of the MLP's width for every layer of a loop's body, in fifths: compilers overlap its layers.
+    pub(super) const MLP_IN_LOOP: u64 = 12;
     /// Of the residual stream's width, in the activation dtype.
     pub(super) const STREAM: u64 = 8;
     /// Of attention scores, in f32: probabilities, their gradient.
@@ -139,7 +144,8 @@ pub fn memory(arch: &Arch, layout: &Layout, shape: &StepShape<'_>, of: &dyn Fn(&
     m.batch = c.batch();
     m.kept = c.kept();
     m.layer = c.layers();
-    m.head = c.head(of);
+    m.head = c.head();
+    m.head_table = c.head_table(of);
     m.per_layer = c.per_layer();
     m
 }
@@ -235,7 +241,11 @@ impl Counter<'_> {
             .enumerate()
             .map(|(i, layer)| {
                 let f = self.wide(axis::MLP, layer.mlp_width);
-                let inner = working::MLP * f + working::STREAM * stream + 4 * self.heads(layer);
+                let arrays = match self.layout.longest_body() {
+                    1 => working::MLP * f,
+                    n => f * n as u64 * working::MLP_IN_LOOP / 5,
+                };
+                let inner = arrays + working::STREAM * stream + 4 * self.heads(layer);
                 inner * self.narrow() + working::SCORES * 4 * self.scores(layer) + self.gathered(i)
             })
             .max()
@@ -269,21 +279,21 @@ impl Counter<'_> {
         2 * elements * self.narrow()
     }
 
-    fn head(&self, of: &dyn Fn(&Slot) -> SlotUse) -> u64 {
-        let Some(slot) = self.slots().find(|s| s.spec().name == EMBED_TOKENS) else { return 0 };
+    /// Logits of a block in f32, and their gradient in the activation dtype.
+    fn head(&self) -> u64 {
         let block = self.tokens().div_ceil(self.shape.blocks.max(1) as u64);
-        let vocab = self.activation(&[(axis::VOCAB, self.arch.vocab_size())]);
-        // Logits in f32, and their gradient in the activation dtype.
-        let logits = block * vocab * (4 + self.narrow());
+        block * self.activation(&[(axis::VOCAB, self.arch.vocab_size())]) * (4 + self.narrow())
+    }
+
+    fn head_table(&self, of: &dyn Fn(&Slot) -> SlotUse) -> u64 {
+        let Some(slot) = self.slots().find(|s| s.spec().name == EMBED_TOKENS) else { return 0 };
         let whole = match (&slot.sharding, self.partition) {
-            (Some(s), Some(p)) => {
-                p.gathered(s).shard_shape(p.mesh(), &slot.shape).map_or(0, |s| s.elements() as u64)
-            }
+            (Some(s), Some(p)) => p.gathered(s).shard_shape(p.mesh(), &slot.shape).map_or(0, |s| s.elements() as u64),
             _ => slot.shape.elements() as u64,
         };
-        let rounded = if of(slot).dtype == self.shape.dtype && whole == self.part(slot) { 0 } else { whole * self.narrow() };
-        let gradient = if of(slot).trained { whole * 4 } else { 0 };
-        logits + rounded + gradient
+        let as_stored = of(slot).dtype == self.shape.dtype && whole == self.part(slot);
+        let rounded = if as_stored { 0 } else { whole * self.narrow() };
+        rounded + if of(slot).trained { whole * 4 } else { 0 }
     }
 
     /// Per-layer inputs, their gradient, and the rows of a table on the device.

@@ -114,7 +114,7 @@ fn entry(c: &Candidate, fits: bool) -> Value {
                 "bytes": {
                     "parameters": m.parameters, "optimizer": m.optimizer, "batch": m.batch, "gradients": m.gradients,
                     "table_gradients": m.tables, "rounded_weights": m.rounded, "kept_activations": m.kept,
-                    "layer": m.layer, "head": m.head, "per_layer_inputs": m.per_layer,
+                    "layer": m.layer, "logits": m.head, "head_table": m.head_table, "per_layer_inputs": m.per_layer,
                     "arguments": m.arguments(), "temporaries": m.temporaries(), "total": m.total(),
                 },
                 "sent": f.traffic, "sent_total": f.traffic.total(),
@@ -131,7 +131,7 @@ fn print(ui: &Ui, args: &Args, all: &[Candidate], limit: Option<u64>) {
     let width = possible[..shown].iter().map(|(c, _)| name(c).len()).max().unwrap_or(0).max(4);
     ui.data(format!(
         "{:width$}  {:>10}  {:>10}  {:>10}  {:>10}  {:>10}  {:>10}  {:>8}",
-        "mesh", "weights", "optimizer", "gradients", "activations", "total", "sent", "at least"
+        "mesh", "weights", "optimizer", "gradients", "temporary", "total", "sent", "at least"
     ));
     for (c, f) in &possible[..shown] {
         let m = &f.memory;
@@ -142,7 +142,7 @@ fn print(ui: &Ui, args: &Args, all: &[Candidate], limit: Option<u64>) {
             bytes(m.parameters),
             bytes(m.optimizer),
             bytes(m.gradients + m.tables),
-            bytes(m.kept + m.per_layer + m.layer.max(m.head)),
+            bytes(m.temporaries()),
             bytes(m.total()),
             bytes(f.traffic.total() as u64),
             f.seconds().map_or_else(|| "-".to_owned(), |s| format!("{s:.3} s")),
