@@ -1,10 +1,10 @@
 //! Which mesh a step fits on: bytes a device and bytes over the links, for every way to lay devices out.
 
 use config::{Config, MeshShape};
+use gemma4::Arch;
 use gemma4::decoder::LayerRemat;
 use gemma4::layout::Slot;
 use gemma4::memory::{Memory, SlotUse, StepShape, memory};
-use gemma4::Arch;
 use serde::Serialize;
 
 use crate::targets::Machine;
@@ -71,9 +71,8 @@ impl Traffic {
         let data = size("data");
         for slot in plan.slots() {
             let Some(stored) = &slot.sharding else { continue };
-            let elements = |s: &graph::Sharding| {
-                s.shard_shape(p.mesh(), &slot.shape).map_or(0.0, |s| s.elements() as f64)
-            };
+            let elements =
+                |s: &graph::Sharding| s.shard_shape(p.mesh(), &slot.shape).map_or(0.0, |s| s.elements() as f64);
             let (part, whole) = (elements(stored), elements(&p.gathered(stored)));
             let trained = plan.role(slot).trained;
             if whole > part {

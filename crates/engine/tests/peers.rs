@@ -72,8 +72,7 @@ fn losses(dir: &Path, rows: usize, steps: usize, peers: Option<&dyn Peers>) -> V
 }
 
 fn shared_losses(dir: &Path, count: usize, rows: usize, steps: usize) -> Vec<f64> {
-    let shared =
-        Arc::new(Shared { count, parts: Mutex::new(vec![Vec::new(); count]), barrier: Barrier::new(count) });
+    let shared = Arc::new(Shared { count, parts: Mutex::new(vec![Vec::new(); count]), barrier: Barrier::new(count) });
     let all: Vec<Vec<f64>> = std::thread::scope(|s| {
         let threads: Vec<_> = (0..count)
             .map(|rank| {

@@ -136,7 +136,8 @@ pub fn memory(arch: &Arch, layout: &Layout, shape: &StepShape<'_>, of: &dyn Fn(&
                 false => m.gradients += n * if shape.accumulation > 1 { 4 } else { narrow },
             }
         }
-        let matrix = slot.spec().shape.rank() >= 2 && ![EMBED_TOKENS, EMBED_TOKENS_PER_LAYER].contains(&&*slot.spec().name);
+        let matrix =
+            slot.spec().shape.rank() >= 2 && ![EMBED_TOKENS, EMBED_TOKENS_PER_LAYER].contains(&&*slot.spec().name);
         if matrix && u.dtype != shape.dtype {
             m.rounded += n * narrow;
         }

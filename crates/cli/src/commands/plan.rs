@@ -50,8 +50,7 @@ const SHOWN: usize = 10;
 const MOST_DEVICES: usize = 1 << 16;
 
 pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
-    let machine: Option<Machine> =
-        args.topology.as_deref().map(str::parse).transpose().map_err(Failure::usage)?;
+    let machine: Option<Machine> = args.topology.as_deref().map(str::parse).transpose().map_err(Failure::usage)?;
     let devices = machine.as_ref().map_or(args.devices.unwrap_or(1), Machine::devices);
     if devices == 0 || devices > MOST_DEVICES {
         return Err(Failure::usage(format!("--devices {devices}: must be from 1 to {MOST_DEVICES}")));

@@ -80,7 +80,18 @@ fn no_test_file_is_forgotten() {
 
 #[test]
 fn help_teaches_by_example() {
-    for words in ["", "flops", "report", "config show", "config explain", "doctor", "plan", "compile", "plugin list", "plugin fetch"] {
+    for words in [
+        "",
+        "flops",
+        "report",
+        "config show",
+        "config explain",
+        "doctor",
+        "plan",
+        "compile",
+        "plugin list",
+        "plugin fetch",
+    ] {
         let args: Vec<&str> = words.split_whitespace().chain(["--help"]).collect();
         let help = lapidary(&args).exits(0).stdout;
         assert!(help.contains("  lapidary "), "{words}: {help}");

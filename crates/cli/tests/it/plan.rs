@@ -16,7 +16,8 @@ const SMALL: &[&str] = &[
 
 #[test]
 fn a_mesh_is_recommended_without_a_device() {
-    let words = ["plan", "--topology", "v5e:4x4", "model_name=gemma4-e2b", "max_target_length=8192", "remat_policy=full"];
+    let words =
+        ["plan", "--topology", "v5e:4x4", "model_name=gemma4-e2b", "max_target_length=8192", "remat_policy=full"];
     let text = lapidary(&words).exits(0);
     assert!(text.stdout.starts_with("mesh ") && text.stderr.contains("recommended: ici_"), "{text:#?}");
     let json = lapidary(&[&words[..], &["--json"]].concat()).exits(0).json();

@@ -108,7 +108,10 @@ impl<'r> Device<'r> {
             _ => None,
         };
         let trained = plan.slots().map(|s| plan.role(s).trained).collect();
-        Ok((Device { runtime, plan, params, trained, moments: buffers, table, step: executable, update, eval: None }, report))
+        Ok((
+            Device { runtime, plan, params, trained, moments: buffers, table, step: executable, update, eval: None },
+            report,
+        ))
     }
 
     /// Runs one step and waits for it. The batch holds the rows of all micro-batches, and of all processes.

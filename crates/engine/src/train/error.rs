@@ -77,7 +77,9 @@ pub enum TrainError {
     #[error(transparent)]
     Peers(#[from] crate::hosts::peers::PeersError),
     /// Processes of a run that do not stand at the same step.
-    #[error("this process found {here} steps in the run's directory, others found another number: all of them need the same files")]
+    #[error(
+        "this process found {here} steps in the run's directory, others found another number: all of them need the same files"
+    )]
     OtherStep {
         /// Steps in the last checkpoint.
         here: u64,

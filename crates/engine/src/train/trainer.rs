@@ -20,8 +20,8 @@ use super::start::{
     architecture, check_identity, identity, optimizer_name, peak_rate, run_name, store_options, summary,
 };
 use super::step::{Scalars, StepSums};
-use crate::hosts::peers::Peers;
 use crate::data::{self, BatchSource, DataReport, FixedBatches, Prefetch, TokenBatch};
+use crate::hosts::peers::Peers;
 use crate::metrics::{self, EvalMetrics, MetricsOptions, MetricsWriter, StepMetrics};
 use crate::train_state::{Array, AsyncSaver, Loaded, Snapshot, Store, TrainerState};
 use crate::{Model, Runtime, init};
