@@ -5,6 +5,7 @@ use gemma4::Arch;
 use gemma4::decoder::LayerRemat;
 use gemma4::layout::Slot;
 use gemma4::memory::{Memory, SlotUse, StepShape, memory};
+use gemma4::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
 use serde::Serialize;
 
 use crate::targets::Machine;
@@ -75,12 +76,16 @@ impl Traffic {
                 |s: &graph::Sharding| s.shard_shape(p.mesh(), &slot.shape).map_or(0.0, |s| s.elements() as f64);
             let (part, whole) = (elements(stored), elements(&p.gathered(stored)));
             let trained = plan.role(slot).trained;
-            if whole > part {
+            // Rows of the per-layer table are sent, not the table.
+            let looked_up = slot.spec().name == EMBED_TOKENS_PER_LAYER;
+            if whole > part && !looked_up {
                 let group = others((whole / part).round() as usize);
-                // Forward and backward; computing a layer again uses what the backward pass gathers.
-                t.gather += 2.0 * whole * narrow * group * accumulation;
+                // A layer is used forward and backward (computing it again uses what the backward pass gathers), the head's
+                // table once; its gradient is summed in f32.
+                let (times, gradient) = if slot.spec().name == EMBED_TOKENS { (1.0, 4.0) } else { (2.0, narrow) };
+                t.gather += times * whole * narrow * group * accumulation;
                 if trained {
-                    t.scatter += whole * narrow * group * accumulation;
+                    t.scatter += whole * gradient * group * accumulation;
                 }
             }
             if trained && data > 1 {
@@ -231,6 +236,24 @@ mod tests {
         let cut = all.iter().find(|c| c.mesh == [("fsdp", 16)]).unwrap().figures.as_ref().unwrap();
         assert!(cut.memory.arguments() * 15 < whole.memory.arguments());
         assert!(cut.traffic.scatter > 0.0 && cut.traffic.data == 0.0);
+    }
+
+    #[test]
+    fn traffic_and_memory_follow_a_compiled_program() {
+        // `lapidary compile --topology h100:8` of the same configuration (docs/guide/plan.md): bytes sent by gathering and
+        // scattering, bytes at the peak.
+        let (config, arch) = config(E2B);
+        let shape = MeshShape { ici: [1, 8, 1, 1, 1, 1], dcn: [1; 6] };
+        let plan = Plan::on(&config, arch, &shape).unwrap();
+        let (traffic, memory) = (Traffic::of(&plan), memory_of(&plan));
+        for (planned, compiled) in [
+            (traffic.gather, 7_273_742_336.0),
+            (traffic.scatter, 4_693_721_088.0),
+            (memory.arguments() as f64, 6_945_987_666.0),
+            (memory.total() as f64, 15_370_845_230.0),
+        ] {
+            assert!((planned / compiled - 1.0).abs() < 0.02, "{planned} {compiled}");
+        }
     }
 
     #[test]
