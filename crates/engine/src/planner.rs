@@ -264,7 +264,9 @@ mod tests {
         assert_eq!(m.parameters, plan.counts.trainable * 4 + (plan.counts.total - plan.counts.trainable) * 2);
         assert_eq!(m.optimizer, plan.counts.trainable * 8);
         let kept = |policy: &str| {
-            let words = [E2B, &[&format!("remat_policy={policy}")[..]]].concat();
+            let policy = format!("remat_policy={policy}");
+            // Said once: the last entry of the list is the policy.
+            let words = [&E2B[..E2B.len() - 1], &[&policy]].concat();
             let (c, arch) = config(&words);
             memory_of(&Plan::new(&c, arch).unwrap()).kept
         };
