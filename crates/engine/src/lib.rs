@@ -18,6 +18,7 @@ pub mod known;
 pub mod metrics;
 pub mod model;
 pub mod peak;
+pub mod planner;
 pub mod rng;
 pub mod rows;
 pub mod runtime;

@@ -156,6 +156,16 @@ impl Layout {
         self.runs.iter().any(|r| matches!(r, Run::Loop { .. }))
     }
 
+    /// Layers of the longest loop's body; 1 without loops.
+    #[must_use]
+    pub fn longest_body(&self) -> usize {
+        let body = |r: &Run| match r {
+            Run::Layer(_) => 1,
+            Run::Loop { period, .. } => *period,
+        };
+        self.runs.iter().map(body).max().unwrap_or(1)
+    }
+
     pub(crate) fn runs(&self) -> &[Run] {
         &self.runs
     }

@@ -24,6 +24,7 @@ pub mod hf;
 pub mod layer;
 pub mod layout;
 pub mod loss;
+pub mod memory;
 mod nn;
 pub mod params;
 pub mod partition;

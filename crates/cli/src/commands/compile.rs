@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use config::Sources;
 use engine::aot::{Compiler, Figures, Outcome as Compiled, Roofline, peak_memory};
+use engine::planner::memory_of;
 use engine::targets::Machine;
 use engine::train::plan::Plan;
 use engine::train::step::step_program;
@@ -67,7 +68,8 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         ui.say(format!("note: {note}"));
     }
     let arch = Arch::from_config(&config).map_err(Failure::usage)?;
-    let plan = Plan::new(&config, arch).map_err(train::explain)?;
+    let mesh = config.mesh.resolve(machine.devices(), 1).map_err(Failure::usage)?;
+    let plan = Plan::on(&config, arch, &mesh).map_err(train::explain)?;
     let program = step_program(&plan.arch, &plan.layout, &plan.step, &|s| plan.role(s))?;
     let text = program.stablehlo();
     if let Some(path) = &args.stablehlo {
@@ -145,6 +147,7 @@ impl Report<'_> {
 
     fn json(&self) -> Value {
         let (m, s) = (&self.figures.memory, &self.figures.stats);
+        let planned = memory_of(self.plan);
         let collectives: serde_json::Map<String, Value> = s
             .collectives
             .iter()
@@ -160,6 +163,7 @@ impl Report<'_> {
                 "code": m.generated_code, "peak_by_plugin": m.peak, "peak": self.peak(),
                 "device": self.machine.target.memory,
             },
+            "planned": { "arguments": planned.arguments(), "temporaries": planned.temporaries(), "peak": planned.total() },
             "flops": { "model": self.plan.flops.total, "compiled": s.flops },
             "memory_traffic": s.bytes,
             "collectives": collectives,
@@ -191,6 +195,14 @@ impl Report<'_> {
             size(m.outputs - m.aliased),
             size(m.temporary),
             size(m.generated_code)
+        ));
+        let planned = memory_of(self.plan);
+        let off = 100.0 * (planned.total() as f64 / self.peak().max(1) as f64 - 1.0);
+        ui.data(format!(
+            "planned      {} ({off:+.1} %): arguments {}, temporaries {}",
+            bytes(planned.total()),
+            bytes(planned.arguments()),
+            bytes(planned.temporaries())
         ));
         ui.data(format!(
             "work         {:.3} TFLOP in products, {:.3} TFLOP of the model, {} through memory",

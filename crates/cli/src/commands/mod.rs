@@ -11,6 +11,7 @@ pub(crate) mod flops;
 pub(crate) mod generate;
 pub(crate) mod init;
 pub(crate) mod inspect;
+pub(crate) mod plan;
 pub(crate) mod plugin;
 pub(crate) mod quickstart;
 pub(crate) mod report;

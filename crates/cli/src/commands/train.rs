@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use config::{Filter, Sources};
+use engine::hosts::peers::Peers;
+use engine::hosts::{HostFlags, Identity, Origin};
 use engine::train::{End, Event, TrainError, TrainOptions, TrainReport, train};
 use serde_json::json;
 
@@ -59,10 +61,22 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         ui.say(format!("note: {note}"));
     }
     let stop = on_interrupt()?;
+    let peers = peers()?;
+    // One of several processes speaks for all.
+    let quiet = Ui::new(true);
+    let ui = if peers.as_deref().is_some_and(|p| p.rank() > 0) { &quiet } else { ui };
+    if let Some(p) = &peers {
+        ui.say(format!("{} processes share every batch", p.count()));
+    }
     let runtime = args.engine.start(ui)?;
     let settings = config.raw().show(Filter::Set);
     let config_text: String = settings.iter().map(|s| format!("{}: {}\n", s.key, s.value)).collect();
-    let options = TrainOptions { stop: Some(&stop), batches: args.batches.clone(), config_text: Some(config_text) };
+    let options = TrainOptions {
+        stop: Some(&stop),
+        batches: args.batches.clone(),
+        config_text: Some(config_text),
+        peers: peers.as_deref(),
+    };
     let mut stopping = false;
     let mut tell = |event: Event<'_>| {
         if stop.load(Ordering::Relaxed) && !stopping {
@@ -89,6 +103,24 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     };
     let report = train(&runtime, &config, options, &mut tell).map_err(explain)?;
     say_end(ui, args, &report)
+}
+
+/// The other processes of the job, if there are any.
+fn peers() -> Result<Option<Box<dyn Peers>>, Failure> {
+    let found = Identity::find(&HostFlags::default(), &|name| std::env::var(name).ok()).map_err(Failure::usage)?;
+    let Some(identity) = found else { return Ok(None) };
+    if identity.origin != Origin::Mpi {
+        return Err(Failure::usage(format!(
+            "{} say that this is process {} of {}; training over several processes runs under mpirun in this version",
+            identity.origin, identity.process, identity.count
+        ))
+        .hint("docs/guide/hosts.md tells what is offered; unset the variables to train alone"));
+    }
+    #[cfg(feature = "mpi")]
+    return Ok(Some(Box::new(engine::hosts::peers::Mpi::start()?)));
+    #[cfg(not(feature = "mpi"))]
+    Err(Failure::usage("mpirun started several processes, and this build has no MPI")
+        .hint("cargo install --path crates/cli --features mpi, with Open MPI's headers and libclang installed"))
 }
 
 fn say_end(ui: &Ui, args: &Args, report: &TrainReport) -> CommandResult {

@@ -9,6 +9,7 @@ mod convert_faults;
 mod doctor;
 mod flops;
 mod generate;
+mod plan;
 mod plugin;
 mod report;
 mod train;
@@ -90,6 +91,8 @@ fn help_teaches_by_example() {
         "config show",
         "config explain",
         "doctor",
+        "plan",
+        "compile",
         "plugin list",
         "plugin fetch",
     ] {

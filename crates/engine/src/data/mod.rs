@@ -60,6 +60,21 @@ pub struct TokenBatch {
 }
 
 impl TokenBatch {
+    /// Some of its sequences. The range must lie within them.
+    #[must_use]
+    pub fn rows(&self, rows: std::ops::Range<usize>) -> Self {
+        let part = |field: &[i32]| field[rows.start * self.seq..rows.end * self.seq].to_vec();
+        TokenBatch {
+            rows: rows.len(),
+            seq: self.seq,
+            inputs: part(&self.inputs),
+            inputs_position: part(&self.inputs_position),
+            inputs_segmentation: part(&self.inputs_segmentation),
+            targets: part(&self.targets),
+            targets_segmentation: part(&self.targets_segmentation),
+        }
+    }
+
     /// A batch of padding.
     #[must_use]
     pub fn empty(rows: usize, seq: usize) -> Self {

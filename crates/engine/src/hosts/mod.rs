@@ -4,6 +4,7 @@
 //! processes exchange what their devices need to connect.
 
 pub mod identity;
+pub mod peers;
 pub mod store;
 
 pub use identity::{HostFlags, HostsError, Identity, Origin};

@@ -10,9 +10,12 @@ use tensor::{DType, HostArray, Shape};
 
 use super::TrainError;
 use super::plan::Plan;
-use super::step::{PerLayerTable, Scalars, StepOptions, StepSums, eval_program, step_program};
+use super::step::{
+    PerLayerTable, Scalars, StepOptions, StepSums, eval_program, step_program, summed_gradient_program, update_program,
+};
 use crate::data::TokenBatch;
 use crate::forward::narrow;
+use crate::hosts::peers::{Peers, own_rows};
 use crate::rows::RowTable;
 use crate::runtime::{Compiled, Runtime};
 use crate::{EngineError, Model};
@@ -34,6 +37,8 @@ pub struct Device<'r> {
     /// The per-layer table, where it stays on the host.
     table: Option<RowTable>,
     step: Executable,
+    /// With other processes: the update, which follows when their gradients are summed.
+    update: Option<(Executable, &'r dyn Peers)>,
     eval: Option<Executable>,
 }
 
@@ -62,10 +67,22 @@ impl<'r> Device<'r> {
         source: &Source<'_>,
         moments: Option<&Source<'_>>,
         model: Option<&Model>,
+        peers: Option<&'r dyn Peers>,
     ) -> Result<(Self, CompileReport)> {
         let start = std::time::Instant::now();
-        let program = step_program(&plan.arch, &plan.layout, &plan.step, &|s| plan.role(s))?;
+        let build = match peers {
+            None => step_program,
+            Some(_) => summed_gradient_program,
+        };
+        let program = build(&plan.arch, &plan.layout, &plan.step, &|s| plan.role(s))?;
         let Compiled { executable, cached, .. } = compile(runtime, &program, &plan)?;
+        let update = match peers {
+            None => None,
+            Some(peers) => {
+                let program = update_program(&plan.arch, &plan.layout, &plan.step, &|s| plan.role(s))?;
+                Some((compile(runtime, &program, &plan)?.executable, peers))
+            }
+        };
         let report = CompileReport { time: start.elapsed(), cached, memory: executable.memory().ok() };
 
         let client = runtime.client();
@@ -91,16 +108,43 @@ impl<'r> Device<'r> {
             _ => None,
         };
         let trained = plan.slots().map(|s| plan.role(s).trained).collect();
-        Ok((Device { runtime, plan, params, trained, moments: buffers, table, step: executable, eval: None }, report))
+        Ok((
+            Device { runtime, plan, params, trained, moments: buffers, table, step: executable, update, eval: None },
+            report,
+        ))
     }
 
-    /// Runs one step and waits for it. The batch holds the rows of all micro-batches.
+    /// Runs one step and waits for it. The batch holds the rows of all micro-batches, and of all processes.
     pub(crate) fn step(&mut self, batch: &TokenBatch, scalars: Scalars) -> Result<StepSums> {
-        let mut inputs = self.batch(batch, &self.plan.step, self.plan.step.accumulation)?;
-        let scalars = HostArray::from_slice([3], &scalars.values())?;
-        inputs.push(self.runtime.client().buffer_from_host(&scalars, 0)?);
-        let arguments: Vec<&Buffer> = self.params.iter().chain(&self.moments).chain(&inputs).collect();
-        let mut outputs = self.step.execute(&arguments)?;
+        let client = self.runtime.client();
+        let scalars = client.buffer_from_host(&HostArray::from_slice([3], &scalars.values())?, 0)?;
+        let outputs = match &self.update {
+            None => {
+                let mut inputs = self.batch(batch, &self.plan.step, self.plan.step.accumulation)?;
+                inputs.push(scalars);
+                let arguments: Vec<&Buffer> = self.params.iter().chain(&self.moments).chain(&inputs).collect();
+                self.step.execute(&arguments)?
+            }
+            Some((update, peers)) => {
+                let own = batch.rows(own_rows(batch.rows, peers.rank(), peers.count())?);
+                let inputs = self.batch(&own, &self.plan.step, self.plan.step.accumulation)?;
+                let arguments: Vec<&Buffer> = self.params.iter().chain(&inputs).collect();
+                let mut summed = Vec::new();
+                for output in self.step.execute(&arguments)? {
+                    let mut host = output.to_host()?;
+                    peers.sum(host.as_mut_slice::<f32>()?)?;
+                    summed.push(client.buffer_from_owned(host, 0)?.0);
+                }
+                let arguments: Vec<&Buffer> =
+                    self.params.iter().chain(&self.moments).chain(&summed).chain([&scalars]).collect();
+                update.execute(&arguments)?
+            }
+        };
+        self.take(outputs)
+    }
+
+    /// Takes over what a step gave.
+    fn take(&mut self, mut outputs: Vec<Buffer>) -> Result<StepSums> {
         let sums = outputs.pop().map(|b| b.to_host()).transpose()?;
         let mut outputs = outputs.into_iter();
         for (p, _) in self.params.iter_mut().zip(&self.trained).filter(|(_, t)| **t) {

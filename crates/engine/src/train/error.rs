@@ -73,6 +73,17 @@ pub enum TrainError {
         /// Steps asked for.
         steps: u64,
     },
+    /// Other processes of the run.
+    #[error(transparent)]
+    Peers(#[from] crate::hosts::peers::PeersError),
+    /// Processes of a run that do not stand at the same step.
+    #[error(
+        "this process found {here} steps in the run's directory, others found another number: all of them need the same files"
+    )]
+    OtherStep {
+        /// Steps in the last checkpoint.
+        here: u64,
+    },
     /// Input or output.
     #[error(transparent)]
     Io(#[from] std::io::Error),

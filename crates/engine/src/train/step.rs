@@ -12,6 +12,10 @@ use tensor::{DType, Shape};
 
 use super::optimizer::{Moments, Update, apply, sum_of_squares};
 
+mod split;
+
+pub use split::{summed_gradient_program, update_program};
+
 type Result<T> = std::result::Result<T, GraphError>;
 
 /// Where rows of the per-layer table come from.
@@ -255,6 +259,49 @@ impl Builder<'_> {
         let sums = LossSums { total: out[0], z: out[1], weight: out[2] };
         Ok((sums, out[3..].to_vec()))
     }
+
+    /// New parameters and moments from summed gradients: the outputs of a step.
+    fn update(
+        &self,
+        params: &HashMap<String, Value>,
+        trained: &[&Slot],
+        sums: &LossSums,
+        grads: &[Value],
+        moments: &[Moments],
+        scalars: Value,
+    ) -> Result<()> {
+        let g = self.g;
+        let _scope = g.scope("optimizer");
+        let mean = per_target(g, sums)?;
+        let squares: Vec<Value> = grads.iter().map(|&v| sum_of_squares(g, v)).collect::<Result<_>>()?;
+        let square = g.mul(total(g, &squares)?, g.mul(mean, mean)?)?;
+        let factor = self.options.update.clip(g, g.sqrt(square)?)?;
+        let factor = g.mul(factor, mean)?;
+        let mut new = Vec::with_capacity(trained.len());
+        for ((slot, &grad), m) in trained.iter().zip(grads).zip(moments) {
+            let p = params[&slot.name];
+            new.push(apply(g, &self.options.update, p, grad, m, factor, scalars, (self.role)(slot).decayed)?);
+        }
+        let mut squares = Vec::new();
+        for s in self.slots() {
+            let after = trained.iter().position(|t| t.name == s.name).map_or(params[&s.name], |i| new[i].0);
+            squares.push(sum_of_squares(g, after)?);
+        }
+        let param_square = total(g, &squares)?;
+        for (slot, (p, _)) in trained.iter().zip(&new) {
+            let reuse = OutputOptions { reuse: Some(params[&slot.name]), sharding: slot.sharding.clone() };
+            g.output_with(&slot.name, *p, reuse)?;
+        }
+        for (prefix, _) in self.options.update.moment_dtypes() {
+            for ((slot, (_, after)), before) in trained.iter().zip(&new).zip(moments) {
+                if let (Some(value), Some(reuses)) = (after.get(prefix), before.get(prefix)) {
+                    let reuse = OutputOptions { reuse: Some(reuses), sharding: slot.sharding.clone() };
+                    g.output_with(&format!("{prefix}{}", slot.name), value, reuse)?;
+                }
+            }
+        }
+        output_sums(g, &[sums.total, sums.z, sums.weight, square, param_square])
+    }
 }
 
 /// One training step: everything donated that it replaces.
@@ -288,37 +335,7 @@ pub fn step_program(
     let inputs = Inputs { params, batch };
     let (sums, grads) = b.gradients(&inputs, &trained)?;
 
-    let scope = g.scope("optimizer");
-    let mean = per_target(&g, &sums)?;
-    let squares: Vec<Value> = grads.iter().map(|&v| sum_of_squares(&g, v)).collect::<Result<_>>()?;
-    let square = g.mul(total(&g, &squares)?, g.mul(mean, mean)?)?;
-    let factor = options.update.clip(&g, g.sqrt(square)?)?;
-    let factor = g.mul(factor, mean)?;
-    let mut new = Vec::with_capacity(trained.len());
-    for ((slot, &grad), m) in trained.iter().zip(&grads).zip(&moments) {
-        let p = inputs.params[&slot.name];
-        new.push(apply(&g, &options.update, p, grad, m, factor, scalars, role(slot).decayed)?);
-    }
-    let mut squares = Vec::new();
-    for s in b.slots() {
-        let after = trained.iter().position(|t| t.name == s.name).map_or(inputs.params[&s.name], |i| new[i].0);
-        squares.push(sum_of_squares(&g, after)?);
-    }
-    let param_square = total(&g, &squares)?;
-    for (slot, (p, _)) in trained.iter().zip(&new) {
-        let reuse = OutputOptions { reuse: Some(inputs.params[&slot.name]), sharding: slot.sharding.clone() };
-        g.output_with(&slot.name, *p, reuse)?;
-    }
-    for (prefix, _) in options.update.moment_dtypes() {
-        for ((slot, (_, after)), before) in trained.iter().zip(&new).zip(&moments) {
-            if let (Some(value), Some(reuses)) = (after.get(prefix), before.get(prefix)) {
-                let reuse = OutputOptions { reuse: Some(reuses), sharding: slot.sharding.clone() };
-                g.output_with(&format!("{prefix}{}", slot.name), value, reuse)?;
-            }
-        }
-    }
-    output_sums(&g, &[sums.total, sums.z, sums.weight, square, param_square])?;
-    drop(scope);
+    b.update(&inputs.params, &trained, &sums, &grads, &moments, scalars)?;
     g.finish()
 }
 

@@ -21,6 +21,7 @@ use super::start::{
 };
 use super::step::{Scalars, StepSums};
 use crate::data::{self, BatchSource, DataReport, FixedBatches, Prefetch, TokenBatch};
+use crate::hosts::peers::Peers;
 use crate::metrics::{self, EvalMetrics, MetricsOptions, MetricsWriter, StepMetrics};
 use crate::train_state::{Array, AsyncSaver, Loaded, Snapshot, Store, TrainerState};
 use crate::{Model, Runtime, init};
@@ -76,6 +77,8 @@ pub struct TrainOptions<'a> {
     pub batches: Option<PathBuf>,
     /// The configuration as text, kept with the run.
     pub config_text: Option<String>,
+    /// Other processes that train on other rows of each batch. Process 0 alone writes checkpoints and metrics.
+    pub peers: Option<&'a dyn Peers>,
 }
 
 impl std::fmt::Debug for TrainOptions<'_> {
@@ -123,6 +126,12 @@ pub fn train(
     options: TrainOptions<'_>,
     events: &mut dyn FnMut(Event<'_>),
 ) -> Result<TrainReport> {
+    let peers = options.peers.filter(|p| p.count() > 1);
+    let (rank, processes) = peers.map_or((0, 1), |p| (p.rank(), p.count()));
+    if processes > 1 && config.output.run_name.is_empty() {
+        let reason = "must be given: processes that start in different minutes would name their run differently".into();
+        return Err(TrainError::Key { key: "run_name", reason });
+    }
     let run_name = run_name(config);
     let run_dir = config.output.base_output_directory.join(&run_name);
     let load = &config.checkpoint.load_parameters_path;
@@ -133,6 +142,10 @@ pub fn train(
 
     // Where the run stands.
     let checkpoints = run_dir.join("checkpoints");
+    // Opening a store clears what a killed run left: process 0 first, and no one saves before all have looked.
+    if rank > 0 {
+        together(peers, 0.0)?;
+    }
     let store = match config.checkpoint.enable {
         true => Some(Arc::new(Store::open(&checkpoints, store_options(config, &plan, given.as_ref()))?)),
         false => None,
@@ -143,6 +156,16 @@ pub fn train(
         _ => None,
     };
     let start = loaded.as_ref().map_or(0, |l| l.state.step);
+    if rank == 0 {
+        together(peers, 0.0)?;
+    }
+    if together(peers, start as f32)? != start as f32 * processes as f32 {
+        return Err(TrainError::OtherStep { here: start });
+    }
+    let (store, own_dir) = match rank {
+        0 => (store, run_dir.clone()),
+        _ => (None, run_dir.join(format!("process_{rank}"))),
+    };
     if start >= plan.steps {
         return Err(TrainError::Finished { done: start, steps: plan.steps });
     }
@@ -155,7 +178,7 @@ pub fn train(
     events(Event::Summary(&summary(&plan, config)));
 
     // Data before the compiler: its mistakes show at once.
-    let rows = plan.step.rows * plan.step.accumulation;
+    let rows = plan.step.rows * plan.step.accumulation * processes;
     let vocab = plan.arch.vocab_size();
     let tokenizer = given.as_ref().map(|m| m.path().to_owned());
     let mut source = match &options.batches {
@@ -185,19 +208,19 @@ pub fn train(
     let mut eval = data::open_eval(config, vocab, tokenizer.as_deref(), plan.eval_rows)?;
 
     events(Event::Status("compiling the training step"));
-    let (mut device, compiled) = place(runtime, config, &plan, given.as_ref(), loaded.as_ref())?;
+    let (mut device, compiled) = place(runtime, config, &plan, given.as_ref(), loaded.as_ref(), peers)?;
     events(Event::Compiled(&compiled));
 
-    fs_err::create_dir_all(&run_dir)?;
+    fs_err::create_dir_all(&own_dir)?;
     if let Some(text) = &options.config_text {
-        fs_err::write(run_dir.join("config.yml"), text)?;
+        fs_err::write(own_dir.join("config.yml"), text)?;
     }
     let metrics_file = &config.output.metrics_file;
     let mut writer = MetricsWriter::open(
-        &run_dir,
+        &own_dir,
         &run_name,
         &MetricsOptions {
-            metrics_file: if metrics_file.is_empty() { None } else { Some(metrics_file.into()) },
+            metrics_file: if metrics_file.is_empty() || rank > 0 { None } else { Some(metrics_file.into()) },
             tensorboard: config.output.enable_tensorboard,
             resume_step: loaded.as_ref().map(|_| start),
         },
@@ -207,7 +230,7 @@ pub fn train(
     let mut run = Run {
         config,
         plan: &plan,
-        run_dir: &run_dir,
+        run_dir: &own_dir,
         identity,
         saver: store.as_ref().map(|s| AsyncSaver::new(Arc::clone(s))),
         store: store.clone(),
@@ -259,7 +282,9 @@ pub fn train(
                 report.end = End::Target;
             }
         }
-        let stopped = options.stop.is_some_and(|s| s.load(Ordering::Relaxed));
+        // Who is asked to stop stops all.
+        let asked = options.stop.is_some_and(|s| s.load(Ordering::Relaxed));
+        let stopped = together(peers, f32::from(u8::from(asked)))? > 0.0;
         if stopped && report.end == End::Steps && step + 1 < plan.steps {
             report.end = End::Stopped;
         }
@@ -408,6 +433,7 @@ fn place<'r>(
     plan: &Plan,
     given: Option<&Model>,
     loaded: Option<&Loaded>,
+    peers: Option<&'r dyn Peers>,
 ) -> Result<(Device<'r>, CompileReport)> {
     let table = param_table(&plan.arch);
     let seed = config.run.init_weights_seed;
@@ -434,10 +460,19 @@ fn place<'r>(
         Some(l) => {
             let source = |name: &str| -> Result<HostArray> { Ok(l.param(name)?) };
             let moments = |name: &str| -> Result<HostArray> { Ok(l.moment(name)?) };
-            Device::new(runtime, plan.clone(), &source, Some(&moments as &Source<'_>), Some(l.model()))
+            Device::new(runtime, plan.clone(), &source, Some(&moments as &Source<'_>), Some(l.model()), peers)
         }
-        None => Device::new(runtime, plan.clone(), &from_model, None, given),
+        None => Device::new(runtime, plan.clone(), &from_model, None, given, peers),
     }
+}
+
+/// The sum of a value over all processes: none goes on before all have come here.
+fn together(peers: Option<&dyn Peers>, value: f32) -> Result<f32> {
+    let mut values = [value];
+    if let Some(peers) = peers {
+        peers.sum(&mut values)?;
+    }
+    Ok(values[0])
 }
 
 fn next_batch(source: &mut Prefetch, config: &Config, rows: usize, seq: usize) -> Result<Option<TokenBatch>> {
