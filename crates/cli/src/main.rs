@@ -13,6 +13,8 @@ use clap::{Parser, Subcommand};
 use crate::commands::Outcome;
 use crate::ui::Ui;
 
+pjrt::export_allocator!();
+
 /// Train, convert, prove and run Gemma 4 E2B and E4B on OpenXLA.
 #[derive(Debug, Parser)]
 #[command(name = "lapidary", version, propagate_version = true, after_help = AFTER_HELP)]

@@ -15,6 +15,8 @@ use tensor::{DType, HostArray};
 
 use support::processor_seconds;
 
+lapidary_pjrt::export_allocator!();
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     tune_allocator();
     let mut arguments = std::env::args().skip(1);
@@ -47,10 +49,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             Ok(client.buffer_from_host(&HostArray::from_f64(i.dtype, i.shape.clone(), &values)?, 0)?)
         })
         .collect::<Result<_, Box<dyn std::error::Error>>>()?;
-    let refs: Vec<&Buffer> = inputs.iter().collect();
-    let run = || -> Result<(), Box<dyn std::error::Error>> {
-        for b in program.execute(&refs)? {
+    let mut inputs = inputs;
+    let mut run = || -> Result<(), Box<dyn std::error::Error>> {
+        let refs: Vec<&Buffer> = inputs.iter().collect();
+        let mut results = program.execute(&refs)?;
+        for b in &results {
             b.wait()?;
+        }
+        // Donated arguments are gone; results of their type, in order, take their places.
+        for &i in &program.signature().donated {
+            let input = &program.signature().inputs[i];
+            let twin = results.iter().position(|b| b.dtype() == input.dtype && *b.shape() == input.shape);
+            inputs[i] = results.remove(twin.ok_or("no result takes a donated argument's place")?);
         }
         Ok(())
     };

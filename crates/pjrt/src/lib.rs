@@ -47,7 +47,10 @@ mod signature;
 mod sys;
 mod topology;
 
-pub use allocator::{quiet_plugins, set_environment, tune_allocator};
+#[doc(hidden)]
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub use allocator::large as allocator_entry;
+pub use allocator::{quiet_plugins, set_environment, trim_allocator, tune_allocator};
 pub use buffer::{Buffer, Owner, Placement, ZERO_COPY_ALIGNMENT};
 pub use cache::{CacheOutcome, CacheStats, ExecutableCache, Lookup};
 pub use client::{Client, ClientOptions, Device, DeviceMemory, TransferStats};

@@ -10,6 +10,7 @@ use tensor::{DType, HostArray, Shape};
 
 use super::TrainError;
 use super::plan::Plan;
+use super::source::{Source, Zeros, place};
 use super::step::{
     PerLayerTable, Scalars, StepOptions, StepSums, eval_program, step_program, summed_gradient_program, update_program,
 };
@@ -22,8 +23,8 @@ use crate::{EngineError, Model};
 
 type Result<T> = std::result::Result<T, TrainError>;
 
-/// Where parameters come from: by Hugging Face name, in its shape, in any float dtype.
-pub(crate) type Source<'a> = dyn Fn(&str) -> Result<HostArray> + Sync + 'a;
+/// As much as a main thread has, and more: the compiler recurses over programs.
+const COMPILER_STACK: usize = 64 << 20;
 
 /// A run's arrays on a device and the programs that change them.
 pub struct Device<'r> {
@@ -70,41 +71,65 @@ impl<'r> Device<'r> {
         peers: Option<&'r dyn Peers>,
     ) -> Result<(Self, CompileReport)> {
         let start = std::time::Instant::now();
-        let build = match peers {
-            None => step_program,
-            Some(_) => summed_gradient_program,
-        };
-        let program = build(&plan.arch, &plan.layout, &plan.step, &|s| plan.role(s))?;
-        let Compiled { executable, cached, .. } = compile(runtime, &program, &plan)?;
-        let update = match peers {
-            None => None,
-            Some(peers) => {
-                let program = update_program(&plan.arch, &plan.layout, &plan.step, &|s| plan.role(s))?;
-                Some((compile(runtime, &program, &plan)?.executable, peers))
-            }
-        };
-        let report = CompileReport { time: start.elapsed(), cached, memory: executable.memory().ok() };
-
         let client = runtime.client();
-        let mut params = Vec::new();
-        for slot in plan.slots() {
-            let dtype = plan.role(slot).dtype;
-            let host = stacked(slot, dtype, &|name| source(name))?;
-            params.push(client.buffer_from_owned(host, 0)?.0);
-        }
-        let mut buffers = Vec::new();
-        for (prefix, dtype) in plan.step.update.moment_dtypes() {
-            for slot in plan.slots().filter(|s| plan.role(s).trained) {
-                let host = match moments {
-                    Some(read) => stacked(slot, dtype, &|name| read(&format!("{prefix}{name}")))?,
-                    None => HostArray::zeros(dtype, slot.shape.clone())?,
-                };
-                buffers.push(client.buffer_from_owned(host, 0)?.0);
+        let split = peers.is_some();
+        let prepare = || -> Result<(Executable, Option<Executable>, CompileReport)> {
+            let build = if split { summed_gradient_program } else { step_program };
+            let program = build(&plan.arch, &plan.layout, &plan.step, &|s| plan.role(s))?;
+            let Compiled { executable, cached, .. } = compile(runtime, &program, &plan)?;
+            let update = match split {
+                false => None,
+                true => {
+                    let program = update_program(&plan.arch, &plan.layout, &plan.step, &|s| plan.role(s))?;
+                    Some(compile(runtime, &program, &plan)?.executable)
+                }
+            };
+            let report = CompileReport { time: start.elapsed(), cached, memory: executable.memory().ok() };
+            Ok((executable, update, report))
+        };
+        let place_all = || -> Result<(Vec<Buffer>, Vec<Buffer>)> {
+            let mut params = Vec::new();
+            for slot in plan.slots() {
+                params.push(place(client, slot, plan.role(slot).dtype, source)?);
             }
-        }
+            let mut buffers = Vec::new();
+            let trained: Vec<&Slot> = plan.slots().filter(|s| plan.role(s).trained).collect();
+            let dtypes = plan.step.update.moment_dtypes();
+            let widest = dtypes.iter().map(|(_, d)| d.size()).max().unwrap_or(0);
+            let zeros = match moments {
+                Some(_) => None,
+                None => Some(Zeros::new(trained.iter().map(|s| s.shape.elements() * widest))?),
+            };
+            for (prefix, dtype) in dtypes {
+                for slot in &trained {
+                    buffers.push(match (moments, &zeros) {
+                        (Some(read), _) => place(client, slot, dtype, &|name| read(&format!("{prefix}{name}")))?,
+                        (None, Some(zeros)) => zeros.place(client, dtype, &slot.shape)?,
+                        (None, None) => return Err(missing()),
+                    });
+                }
+            }
+            Ok((params, buffers))
+        };
+        // The compiler and the files keep each other company.
+        let (compiled, placed) = std::thread::scope(|scope| {
+            let compiler = std::thread::Builder::new().stack_size(COMPILER_STACK).spawn_scoped(scope, prepare);
+            let placed = place_all();
+            let compiled = match compiler {
+                Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                Err(e) => Err(e.into()),
+            };
+            (compiled, placed)
+        });
+        let ((executable, update, report), (params, buffers)) = (compiled?, placed?);
+        let update = update.zip(peers);
+        // What the compiler and conversions left behind.
+        pjrt::trim_allocator();
         let table = match (plan.step.per_layer, plan.arch.per_layer_input(), model) {
             (PerLayerTable::Host(_), Some(_), Some(model)) => Some(RowTable::new(model, EMBED_TOKENS_PER_LAYER)?),
-            (PerLayerTable::Host(_), Some(_), None) => Some(RowTable::in_memory(source(EMBED_TOKENS_PER_LAYER)?)?),
+            (PerLayerTable::Host(_), Some(_), None) => {
+                Some(RowTable::in_memory(source(EMBED_TOKENS_PER_LAYER)?.into_host()?)?)
+            }
             _ => None,
         };
         let trained = plan.slots().map(|s| plan.role(s).trained).collect();
@@ -259,21 +284,6 @@ pub fn compile_options(plan: &Plan) -> CompileOptions {
         DType::BF16 => CompileOptions::default(),
         _ => CompileOptions::verify_f32(),
     }
-}
-
-/// The members of a slot in one array.
-fn stacked(slot: &Slot, dtype: DType, read: &dyn Fn(&str) -> Result<HostArray>) -> Result<HostArray> {
-    if let [only] = &slot.members[..]
-        && !slot.stacked
-    {
-        return convert(read(&only.name)?, dtype);
-    }
-    let mut all = HostArray::zeros(dtype, slot.shape.clone())?;
-    let size = all.bytes().len() / slot.members.len();
-    for (m, place) in slot.members.iter().zip(all.bytes_mut().chunks_mut(size)) {
-        place.copy_from_slice(convert(read(&m.name)?, dtype)?.bytes());
-    }
-    Ok(all)
 }
 
 fn unstack(slot: &Slot, host: &HostArray, prefix: &str, into: &mut Vec<(String, HostArray)>) -> Result<()> {

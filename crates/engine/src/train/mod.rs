@@ -8,6 +8,7 @@ mod error;
 pub mod optimizer;
 pub mod plan;
 pub mod schedule;
+mod source;
 mod start;
 pub mod step;
 mod trainer;

@@ -10,12 +10,12 @@ use config::Config;
 use gemma4::param_table;
 use gemma4::params::EMBED_TOKENS_PER_LAYER;
 use serde_json::json;
-use tensor::HostArray;
 
 use super::TrainError;
-use super::device::{CompileReport, Device, Source};
+use super::device::{CompileReport, Device};
 use super::optimizer::Rule;
 use super::plan::Plan;
+use super::source::{Given, Source};
 use super::start::{
     architecture, check_identity, identity, optimizer_name, peak_rate, run_name, store_options, summary,
 };
@@ -437,29 +437,25 @@ fn place<'r>(
 ) -> Result<(Device<'r>, CompileReport)> {
     let table = param_table(&plan.arch);
     let seed = config.run.init_weights_seed;
-    let random = |name: &str| -> Result<HostArray> {
+    let random = |name: &str| -> Result<Given> {
         match table.iter().find(|p| p.name == name) {
-            Some(spec) => Ok(init::initial(spec, seed)?),
+            Some(spec) => Ok(Given::Host(init::initial(spec, seed)?)),
             None => Err(crate::EngineError::Input(format!("no parameter {name}")).into()),
         }
     };
-    let from_model = |name: &str| -> Result<HostArray> {
+    let from_model = |name: &str| -> Result<Given> {
         match given {
-            Some(model) => {
-                let host = model.read(name)?;
-                // Copied: its pages would otherwise stay in memory beside the copy.
-                if let Some(view) = model.mapped(name) {
-                    view.bytes.advise_dont_need();
-                }
-                Ok(host)
-            }
+            Some(model) => match model.mapped(name) {
+                Some(view) => Ok(view.into()),
+                None => Ok(Given::Host(model.read(name)?)),
+            },
             None => random(name),
         }
     };
     match loaded {
         Some(l) => {
-            let source = |name: &str| -> Result<HostArray> { Ok(l.param(name)?) };
-            let moments = |name: &str| -> Result<HostArray> { Ok(l.moment(name)?) };
+            let source = |name: &str| -> Result<Given> { Ok(l.param(name)?.into()) };
+            let moments = |name: &str| -> Result<Given> { Ok(l.moment(name)?.into()) };
             Device::new(runtime, plan.clone(), &source, Some(&moments as &Source<'_>), Some(l.model()), peers)
         }
         None => Device::new(runtime, plan.clone(), &from_model, None, given, peers),

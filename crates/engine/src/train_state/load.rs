@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use checkpoint::manifest::Manifest;
-use checkpoint::safetensors::SafetensorsFile;
+use checkpoint::safetensors::{SafetensorsFile, TensorView};
 use gemma4::param_table;
 use rayon::prelude::*;
-use tensor::{DType, HostArray};
+use tensor::DType;
 
 use super::record::Record;
 use super::save::check_moments;
@@ -96,23 +96,20 @@ impl Loaded {
         self.moments.tensors().iter().map(|t| t.name.as_str())
     }
 
-    /// Reads a parameter, trained or frozen, in the element type it was saved in.
+    /// A parameter, trained or frozen, in the element type it was saved in, in its mapped file.
     ///
     /// # Errors
     /// When there is none of this name.
-    pub fn param(&self, name: &str) -> Result<HostArray, StateError> {
-        let missing = || self.no_array("parameter", name);
-        let view = self.model.mapped(name).ok_or_else(missing)?;
-        Ok(HostArray::from_bytes(view.dtype, view.shape.clone(), &view.bytes)?)
+    pub fn param(&self, name: &str) -> Result<TensorView, StateError> {
+        self.model.mapped(name).ok_or_else(|| self.no_array("parameter", name))
     }
 
-    /// Reads a moment, such as `mu:norm.weight`.
+    /// A moment, such as `mu:norm.weight`, in its mapped file.
     ///
     /// # Errors
     /// When there is none of this name.
-    pub fn moment(&self, name: &str) -> Result<HostArray, StateError> {
-        let view = self.moments.tensor(name).ok_or_else(|| self.no_array("moment", name))?;
-        Ok(HostArray::from_bytes(view.dtype, view.shape.clone(), &view.bytes)?)
+    pub fn moment(&self, name: &str) -> Result<TensorView, StateError> {
+        self.moments.tensor(name).ok_or_else(|| self.no_array("moment", name))
     }
 
     fn no_array(&self, what: &'static str, name: &str) -> StateError {

@@ -67,20 +67,35 @@ fn keep(r: &Rule<'_>, remat: &Remat, joint: &Joint, kept: &[ValueId]) -> Result<
     found.collect::<Option<Vec<Value>>>().ok_or_else(|| r.fail("a value was not kept"))
 }
 
+/// The gradient that came with the forward pass.
+///
+/// Where it reads operands, it computes part of the forward pass again. A barrier over all it reads and the cotangents keeps
+/// that from being merged with the forward pass, which would keep wide intermediate values (a `tanh`, a normalised row) instead
+/// of the operands, and from being computed before it is needed.
 pub(super) fn custom_vjp(r: &Rule<'_>, c: &CustomVjp) -> Grads {
     let g = r.g;
     let body = &*c.backward;
+    let wanted: Vec<_> = c.gradients.iter().zip(&r.wants).map(|(at, &w)| at.filter(|_| w)).collect();
+    let roots: Vec<_> = wanted.iter().flatten().map(|&at| body.outputs()[at]).collect();
+    let live = body.live_for(&roots);
     let mut given = [&r.x[..], &r.y[c.visible..]].concat();
+    let operands = given.len();
     for (&y, ct) in r.y.iter().zip(&r.ct).take(c.visible) {
         given.push(ct.map_or_else(|| g.full_like(y, 0.0), Ok)?);
+    }
+    let is_read = |i: usize| live[body.values()[body.inputs()[i].index()].node()];
+    if (0..r.x.len()).any(is_read) {
+        let behind: Vec<usize> =
+            (0..given.len()).filter(|&i| is_read(i) && (i < operands || r.ct[i - operands].is_some())).collect();
+        let values: Vec<Value> = behind.iter().map(|&i| given[i]).collect();
+        for (&i, value) in behind.iter().zip(g.optimization_barrier(&values)?) {
+            given[i] = value;
+        }
     }
     let mut names = Names::new(body);
     for (&v, value) in body.inputs().iter().zip(given) {
         names.set(v, value);
     }
-    let wanted: Vec<_> = c.gradients.iter().zip(&r.wants).map(|(at, &w)| at.filter(|_| w)).collect();
-    let roots: Vec<_> = wanted.iter().flatten().map(|&at| body.outputs()[at]).collect();
-    let live = body.live_for(&roots);
     copy(g, body, |i| live[i], &mut names)?;
     wanted.iter().map(|at| at.map(|at| names.get(g, body.outputs()[at])).transpose()).collect()
 }

@@ -1,16 +1,22 @@
 //! The C allocator's settings for XLA's CPU runtime.
 
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub mod large;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod pool;
+
 /// Tells the C allocator to keep large blocks for reuse. To be called at the start of `main`, before other threads run.
 ///
 /// XLA's CPU runtime allocates results and scratch memory anew for each execution. With glibc's settings each large block is
 /// mapped from and returned to the kernel, and page faults take most of the time (measured: a bf16 matrix-vector
 /// product of 201 MB 123-190 ms without, 20-29 ms with; a transformer layer's step 202 and 150 ms).
 ///
-/// What is set: one arena (worker threads' own arenas fall back to mapping above 64 MB), no mapped blocks, no
-/// trimming of the heap's top, growth in steps of 64 MB. The price is that freed memory stays with the process and
-/// can be fragmented: a series of 36 programs of twelve different shapes, 4 runs each, took 18 s instead of 30 s, and
-/// left 572 MB resident (peak 572) instead of 369 (peak 535); 0.75 GB grew to 3-4 GB in the worst case seen. Blocks are never returned, so memory for which peak use matters more than speed (a whole
-/// checkpoint) should be mapped from its file, not allocated.
+/// A program with [`export_allocator!`](crate::export_allocator) gets pools for blocks from 512 KiB on: a freed block keeps its pages for the
+/// next of its size, huge pages are used where they fit, and the footprint never exceeds what was in use at once.
+///
+/// Any other gets the nearest that glibc offers: one arena (worker threads' own arenas fall back to mapping above 64 MB), no
+/// mapped blocks, no trimming of the heap's top, growth in steps of 64 MB. Freed memory then stays with the process
+/// and is fragmented: 0.75 GB grew to 3-4 GB in the worst case seen.
 ///
 /// Does nothing, and returns false, where the allocator is not glibc's.
 pub fn tune_allocator() -> bool {
@@ -18,18 +24,36 @@ pub fn tune_allocator() -> bool {
     {
         // SAFETY: mallopt only stores numbers, under the allocator's own lock.
         let set = |parameter, value| unsafe { libc::mallopt(parameter, value) } == 1;
-        // All four are tried, whatever becomes of the others.
-        let results = [
-            set(libc::M_ARENA_MAX, 1),
-            set(libc::M_MMAP_MAX, 0),
-            set(libc::M_TRIM_THRESHOLD, i32::MAX),
-            set(libc::M_TOP_PAD, 64 << 20),
-        ];
+        // All are tried, whatever becomes of the others.
+        let results = match large::activate() {
+            true => [
+                set(libc::M_ARENA_MAX, 2),
+                set(libc::M_MMAP_THRESHOLD, 1 << 20),
+                set(libc::M_TRIM_THRESHOLD, 64 << 20),
+                set(libc::M_TOP_PAD, 4 << 20),
+            ],
+            false => [
+                set(libc::M_ARENA_MAX, 1),
+                set(libc::M_MMAP_MAX, 0),
+                set(libc::M_TRIM_THRESHOLD, i32::MAX),
+                set(libc::M_TOP_PAD, 64 << 20),
+            ],
+        };
         results.iter().all(|&r| r)
     }
     #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
     {
         false
+    }
+}
+
+/// Returns freed memory to the system: what compiling or loading left behind. Takes milliseconds.
+pub fn trim_allocator() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        large::trim();
+        // SAFETY: works on free memory, under the allocator's own lock.
+        unsafe { libc::malloc_trim(0) };
     }
 }
 
