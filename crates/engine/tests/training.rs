@@ -194,6 +194,7 @@ fn exact_program(arch: &Arch, layout: &Layout, options: &LossOptions, batch: &Ro
         targets: field(names::TARGETS),
         target_segments: field(names::TARGET_SEGMENTS),
         per_layer_rows: None,
+        per_layer_ids: None,
     };
     let sums = loss_sums(&g, arch, layout, options, &params, &values).unwrap();
     if options.gradient != HeadGradient::None {

@@ -20,6 +20,9 @@ pub enum PerLayerTable {
     Device,
     /// The host looks rows up and hands them in, in this dtype.
     Host(DType),
+    /// The host hands in the rows that a batch needs, each once, with their moments, and takes them back updated. The layout
+    /// has as many rows as a batch has tokens ([`Layout::with_table_rows`]); those beyond the different ones are not looked up.
+    HostTrained,
 }
 
 /// What a training program is built for.
@@ -68,6 +71,8 @@ pub mod names {
     pub const TARGET_SEGMENTS: &str = "targets_segmentation";
     /// Rows of the per-layer table, `[accumulation, rows, seq, l * p]`.
     pub const PER_LAYER_ROWS: &str = "per_layer_rows";
+    /// Which of the rows handed in is each token's, `[accumulation, rows, seq]` i32.
+    pub const PER_LAYER_INDEX: &str = "per_layer_index";
     /// Learning rate and bias corrections, see [`super::Scalars`].
     pub const SCALARS: &str = "scalars";
     /// Sums of the step, see [`super::StepSums`].
@@ -168,6 +173,9 @@ impl Builder<'_> {
         if o.segments {
             fields.push(names::SEGMENTS);
         }
+        if o.per_layer == PerLayerTable::HostTrained {
+            fields.push(names::PER_LAYER_INDEX);
+        }
         let mut batch: Vec<Value> =
             fields.into_iter().map(|f| self.g.input(f, DType::I32, shape.clone())).collect::<Result<_>>()?;
         if let (PerLayerTable::Host(dtype), Some(p)) = (o.per_layer, self.arch.per_layer_input()) {
@@ -197,6 +205,7 @@ impl Builder<'_> {
             targets: b[2],
             target_segments: b[3],
             segments,
+            per_layer_ids: if self.options.per_layer == PerLayerTable::HostTrained { b.last().copied() } else { None },
             per_layer_rows: if rows { b.last().copied() } else { None },
         };
         let options = LossOptions { gradient, ..self.options.loss.clone() };
@@ -290,7 +299,9 @@ pub fn step_program(
         new.push(apply(&g, &options.update, p, grad, m, factor, scalars, role(slot).decayed)?);
     }
     let mut squares = Vec::new();
-    for s in b.slots() {
+    // Of a table on the host, only some rows are here: its norm is not known.
+    let hosted = |s: &&Slot| options.per_layer == PerLayerTable::HostTrained && s.spec().name == EMBED_TOKENS_PER_LAYER;
+    for s in b.slots().filter(|s| !hosted(s)) {
         let after = trained.iter().position(|t| t.name == s.name).map_or(inputs.params[&s.name], |i| new[i].0);
         squares.push(sum_of_squares(&g, after)?);
     }
