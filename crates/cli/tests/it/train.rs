@@ -182,8 +182,8 @@ fn a_table_trained_on_the_host_resumes_bit_for_bit() {
     for (a, b) in on_host.iter().zip(&on_device) {
         assert!((a.1 - b.1).abs() <= 1e-3 * b.1, "{a:?} {b:?}");
     }
-    let other = train(dir.path(), "cut", &["gradient_accumulation_steps=2", "per_device_batch_size=4", "steps=14"]);
-    assert!(other.exits(2).stderr.contains("per_layer_table was"), "{}", other.stderr);
+    let other = train(dir.path(), "cut", &["gradient_accumulation_steps=2", "per_device_batch_size=4", "steps=14"]).exits(2);
+    assert!(other.stderr.contains("per_layer_table was"), "{}", other.stderr);
 }
 
 #[test]
