@@ -19,6 +19,9 @@ use crate::metrics::summary::{MemoryRow, ParameterCounts};
 /// f32 logits of one block take about this much where `num_vocab_tiling` is left to us.
 const BLOCK_BYTES: usize = 64 << 20;
 
+/// Memory of the process without any array, as measured with the CPU plugin and programs of ten and of 35 layers.
+const PROGRAM_BYTES: u64 = 300_000_000;
+
 /// What a run is built of.
 #[derive(Debug, Clone)]
 pub struct Plan {
@@ -287,6 +290,7 @@ impl Plan {
                 "kept for the backward pass, and one layer's scores",
             ),
             row("logits", logits, "of one block"),
+            row("program", PROGRAM_BYTES, "plugin, compiled code, what the compiler keeps"),
         ]
     }
 
