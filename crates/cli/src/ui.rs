@@ -79,6 +79,13 @@ impl Ui {
         self.start(bar, label)
     }
 
+    /// A bar over steps, with time left and a message. Hidden where nobody looks.
+    pub(crate) fn steps_bar(&self, total: u64) -> ProgressBar {
+        let bar = ProgressBar::new(total);
+        bar.set_style(style("{prefix} {wide_bar} {pos}/{len} {msg} {eta}"));
+        self.start(bar, "steps")
+    }
+
     /// A spinner for a step of unknown length.
     pub(crate) fn spinner(&self, label: &str) -> ProgressBar {
         let bar = ProgressBar::new_spinner();

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::check;
 use crate::choice::{
     Attention, DatasetKind, DecayStyle, DecoderBlock, FloatType, GateActivation, Hardware, MatmulPrecision,
-    OptimizerKind, PackingKind, Profiler, RematPolicy, SamplingStrategy, ScheduleKind,
+    OptimizerKind, PackingKind, Profiler, RematPolicy, SamplingStrategy, ScheduleKind, TableHome,
 };
 use crate::error::Error;
 use crate::layer::RawConfig;
@@ -195,6 +195,7 @@ pub(crate) fn resolve(raw: RawConfig) -> Result<Config, Error> {
             remat_policy: r.word("remat_policy", RematPolicy::from_word, RematPolicy::Full),
             scan_layers: r.bool("scan_layers"),
             num_vocab_tiling: r.size("num_vocab_tiling"),
+            per_layer_table: r.word("per_layer_table", TableHome::from_word, TableHome::Auto),
             max_segments_per_seq: r.limit("max_segments_per_seq"),
         },
         run,

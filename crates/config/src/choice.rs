@@ -105,6 +105,16 @@ choices! {
         SaveOutProj = "save_out_proj",
     }
 
+    /// Where the per-layer table is while a model is trained.
+    TableHome {
+        /// On the host if it is frozen, else on the device.
+        Auto = "auto",
+        /// A parameter like any other.
+        Device = "device",
+        /// Rows go to the device as they are needed, and come back if they are trained.
+        Host = "host",
+    }
+
     /// The optimizer.
     OptimizerKind {
         /// Adam with decoupled weight decay.

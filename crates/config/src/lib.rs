@@ -35,7 +35,7 @@ mod yaml;
 
 pub use choice::{
     Attention, DatasetKind, DecayStyle, DecoderBlock, FloatType, GateActivation, Hardware, MatmulPrecision,
-    OptimizerKind, PackingKind, Profiler, RematPolicy, SamplingStrategy, ScheduleKind,
+    OptimizerKind, PackingKind, Profiler, RematPolicy, SamplingStrategy, ScheduleKind, TableHome,
 };
 pub use error::{Error, Problem};
 pub use explain::{Explanation, Filter, Setting, explain, render_explanation, render_settings};

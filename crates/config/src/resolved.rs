@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::choice::{
     Attention, DatasetKind, DecayStyle, DecoderBlock, FloatType, GateActivation, Hardware, MatmulPrecision,
-    OptimizerKind, PackingKind, Profiler, RematPolicy, SamplingStrategy, ScheduleKind,
+    OptimizerKind, PackingKind, Profiler, RematPolicy, SamplingStrategy, ScheduleKind, TableHome,
 };
 use crate::error::{Error, Problem};
 use crate::layer::{Note, Origin, RawConfig};
@@ -143,6 +143,8 @@ pub struct Memory {
     pub scan_layers: bool,
     /// Pieces of output projection and loss.
     pub num_vocab_tiling: usize,
+    /// Where the per-layer table is.
+    pub per_layer_table: TableHome,
     /// Most documents in a sequence, if limited.
     pub max_segments_per_seq: Option<usize>,
 }

@@ -66,6 +66,7 @@ fn sample(step: u64) -> StepMetrics {
         param_norm: 120.0 + 0.01 * x,
         learning_rate: 3e-5 * (x / 10.0).min(1.0),
         tflops: 0.0155,
+        worked_tflops: 0.0155,
         tokens: 256,
         peak_flops: Some(0.25e12),
         memory_bytes: Some(1_400_000_000 + step % 7 * 10_000_000),

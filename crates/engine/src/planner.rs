@@ -28,7 +28,8 @@ pub fn memory_of(plan: &Plan) -> Memory {
         blocks: o.loss.blocks,
         host_rows: match o.per_layer {
             PerLayerTable::Host(dtype) => Some(dtype),
-            PerLayerTable::Device => None,
+            // The rows of a batch are a small table on the device.
+            PerLayerTable::Device | PerLayerTable::HostTrained => None,
         },
     };
     memory(&plan.arch, &plan.layout, &shape, &|s: &Slot| {

@@ -127,6 +127,12 @@ impl RowTable {
         self.dtype
     }
 
+    /// Number of rows.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// Width of a row in elements.
     #[must_use]
     pub fn columns(&self) -> usize {

@@ -194,6 +194,7 @@ fn exact_program(arch: &Arch, layout: &Layout, options: &LossOptions, batch: &Ro
         targets: field(names::TARGETS),
         target_segments: field(names::TARGET_SEGMENTS),
         per_layer_rows: None,
+        per_layer_ids: None,
     };
     let sums = loss_sums(&g, arch, layout, options, &params, &values).unwrap();
     if options.gradient != HeadGradient::None {
@@ -484,6 +485,79 @@ fn rows_looked_up_by_the_host_are_those_of_the_table() {
     let (device, host) = (run(PerLayerTable::Device, &loss), run(PerLayerTable::Host(DType::F32), &loss));
     assert_eq!(sums(&device), sums(&host));
     assert!(sums(&host).total > 1.0);
+}
+
+/// A step on the rows that its batch has, with their moments, is a step on the whole table: for these rows, to rounding. All
+/// other rows are not there, so that they rest.
+#[test]
+fn rows_trained_on_the_host_go_as_on_the_device() {
+    let arch = arch(&[]);
+    let whole = Layout::unrolled(&arch);
+    let batch = batch();
+    let tokens = batch.rows * batch.seq;
+    let mut different = batch.ids.clone();
+    different.sort_unstable();
+    different.dedup();
+    assert!(different.len() < VOCAB, "some rows rest");
+    let name = EMBED_TOKENS_PER_LAYER;
+    let spec = param_table(&arch).into_iter().find(|p| p.name == name).unwrap();
+    let width = spec.shape.dims()[1];
+    let table = values(&spec);
+    let decayed = |s: &Slot| Role { trained: true, decayed: s.spec().name != "norm.weight", dtype: DType::F32 };
+    let run = |layout: &Layout, per_layer: PerLayerTable, change: &dyn Fn(&mut Arrays)| -> Arrays {
+        let update = Update { rule: adamw(), clip: 0.5 };
+        let options = StepOptions { per_layer, update, ..step_options(&batch, 1, DType::F32) };
+        let loss = LossOptions { dtype: DType::F32, ..options.loss.clone() };
+        let options = StepOptions { loss, ..options };
+        let program = step_program(&arch, layout, &options, &decayed).unwrap();
+        let mut inputs = parameters(device_slots(&whole, per_layer), DType::F32);
+        for slot in device_slots(&whole, per_layer) {
+            for (prefix, scale) in [(names::MU, 0.01), (names::NU, 0.02)] {
+                let moment: Vec<f64> = uniform(prefix, slot.shape.elements()).iter().map(|u| scale * u.abs()).collect();
+                let moment = HostArray::from_f64(DType::F32, slot.shape.clone(), &moment).unwrap();
+                inputs.insert(format!("{prefix}{}", slot.name), moment);
+            }
+        }
+        inputs.extend(batch.fields(&[1, batch.rows]));
+        let scalars = Scalars { learning_rate: 1e-2, correction1: 1.5, correction2: 2.5 };
+        inputs.insert(names::SCALARS.into(), HostArray::from_slice([3], &scalars.values()).unwrap());
+        change(&mut inputs);
+        execute(&program, &compile(&program), &inputs)
+    };
+    let device = run(&whole, PerLayerTable::Device, &|_| {});
+    let of_rows = |all: &[f64]| -> Vec<f64> {
+        different.iter().flat_map(|&id| all[id as usize * width..][..width].to_vec()).collect()
+    };
+    let few = whole.clone().with_table_rows(tokens);
+    let host = run(&few, PerLayerTable::HostTrained, &|inputs| {
+        for key in [name.to_owned(), format!("{}{name}", names::MU), format!("{}{name}", names::NU)] {
+            let mut rows = of_rows(&inputs[&key].to_f64());
+            rows.resize(tokens * width, 0.0);
+            inputs.insert(key, HostArray::from_f64(DType::F32, [tokens, width], &rows).unwrap());
+        }
+        let index: Vec<i32> = batch.ids.iter().map(|id| different.binary_search(id).unwrap() as i32).collect();
+        let index = HostArray::from_slice([1, batch.rows, batch.seq], &index).unwrap();
+        inputs.insert(names::PER_LAYER_INDEX.into(), index);
+    });
+    let close = |what: &str, a: &[f64], b: &[f64]| {
+        let distance: f64 = a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
+        assert!(
+            a.len() == b.len() && distance <= 2e-6 * norm(a).max(1e-9),
+            "{what}: {distance:.1e} of {:.1e}",
+            norm(a)
+        );
+    };
+    for (key, value) in &device {
+        let (a, b) = (value.to_f64(), host[key].to_f64());
+        if !key.ends_with(name) {
+            // The norm of parameters leaves the table out.
+            let n = if key == names::SUMS { 4 } else { a.len() };
+            close(key, &a[..n], &b[..n]);
+            continue;
+        }
+        close(key, &of_rows(&a), &b[..different.len() * width]);
+        assert!(of_rows(&a) != of_rows(&table), "it is trained");
+    }
 }
 
 #[test]

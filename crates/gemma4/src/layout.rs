@@ -10,7 +10,7 @@ use graph::Sharding;
 use tensor::{ParamSpec, Shape};
 
 use crate::Arch;
-use crate::params::param_table;
+use crate::params::{EMBED_TOKENS_PER_LAYER, param_table};
 use crate::partition::{Partition, PartitionError, stacked};
 
 /// One array of a program and the parameters in it.
@@ -74,6 +74,16 @@ impl Layout {
     pub fn unrolled(arch: &Arch) -> Self {
         let slots = param_table(arch).into_iter().map(single).collect();
         Layout { slots, runs: (0..arch.layers().len()).map(Run::Layer).collect(), partition: None }
+    }
+
+    /// The same, with only `rows` rows of the per-layer table: those that a batch needs.
+    #[must_use]
+    pub fn with_table_rows(mut self, rows: usize) -> Self {
+        for slot in self.slots.iter_mut().filter(|s| s.members[0].name == EMBED_TOKENS_PER_LAYER) {
+            let columns = slot.shape.dims().last().copied().unwrap_or(0);
+            slot.shape = [rows, columns].into();
+        }
+        self
     }
 
     /// A loop for every segment that has more than one repetition of the pattern.

@@ -51,6 +51,8 @@ pub struct BatchValues {
     pub targets: Value,
     /// 0 where there is no target.
     pub target_segments: Value,
+    /// Rows of the per-layer table among the parameters, where they are not numbered as tokens are; `None`: by `ids`.
+    pub per_layer_ids: Option<Value>,
     /// Rows of the per-layer table for every token, `[b, t, l * p]`; `None`: taken from the table among the parameters.
     pub per_layer_rows: Option<Value>,
 }
@@ -91,7 +93,10 @@ pub fn loss_sums(
     let table = params[EMBED_TOKENS];
     cast.insert(EMBED_TOKENS.to_owned(), table);
     let rows = match (arch.per_layer_input(), batch.per_layer_rows) {
-        (Some(_), None) => Some(lookup(g, layout, EMBED_TOKENS_PER_LAYER, params[EMBED_TOKENS_PER_LAYER], batch.ids)?),
+        (Some(_), None) => {
+            let ids = batch.per_layer_ids.unwrap_or(batch.ids);
+            Some(lookup(g, layout, EMBED_TOKENS_PER_LAYER, params[EMBED_TOKENS_PER_LAYER], ids)?)
+        }
         (_, rows) => rows,
     };
     let weights = Weights::new(cast);

@@ -78,30 +78,44 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         peers: peers.as_deref(),
     };
     let mut stopping = false;
+    let bar = ui.steps_bar(config.run.steps as u64);
+    // Lines go above the bar.
+    let say = |line: &str| bar.suspend(|| ui.say(line));
     let mut tell = |event: Event<'_>| {
         if stop.load(Ordering::Relaxed) && !stopping {
             stopping = true;
-            ui.say("stopping after this step; once more to end at once");
+            say("stopping after this step; once more to end at once");
         }
         match event {
-            Event::Status(what) => ui.say(what),
-            Event::Summary(text) => ui.say(text),
-            Event::Resumed { step, path } => ui.say(format!("goes on after step {step}, from {}", path.display())),
+            Event::Status(what) => say(what),
+            Event::Summary(text) => say(text),
+            Event::Resumed { step, path } => {
+                bar.set_position(step);
+                // Time left is that of the steps of this process.
+                bar.reset_eta();
+                say(&format!("goes on after step {step}, from {}", path.display()));
+            }
             Event::Compiled(c) => {
                 let memory = c.memory.map(|m| format!(", {} for temporaries", bytes(m.temporary as u64)));
                 let how = if c.cached { "loaded from the cache" } else { "compiled" };
-                ui.say(format!("{how} in {}{}", seconds(c.time), memory.unwrap_or_default()));
+                say(&format!("{how} in {}{}", seconds(c.time), memory.unwrap_or_default()));
             }
-            Event::Step(m) => ui.say(m.line()),
-            Event::EvalStep { line } => ui.say(line),
-            Event::Eval(e) => ui.say(e.line()),
+            Event::Step(m) => {
+                say(&m.line());
+                bar.set_message(format!("loss {:.3}", m.loss));
+                bar.set_position(m.step + 1);
+            }
+            Event::EvalStep { line } => say(line),
+            Event::Eval(e) => say(&e.line()),
             Event::Saved { step, path, paused } => {
-                ui.say(format!("checkpoint after {step} steps: {} (paused {})", path.display(), seconds(paused)));
+                say(&format!("checkpoint after {step} steps: {} (paused {})", path.display(), seconds(paused)));
             }
             _ => {}
         }
     };
-    let report = train(&runtime, &config, options, &mut tell).map_err(explain)?;
+    let report = train(&runtime, &config, options, &mut tell);
+    bar.finish_and_clear();
+    let report = report.map_err(explain)?;
     say_end(ui, args, &report)
 }
 

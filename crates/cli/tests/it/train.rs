@@ -66,8 +66,8 @@ fn train(dir: &Path, name: &str, more: &[&str]) -> Run {
 }
 
 /// Starts a run, and sends the signal as soon as it reports `step`. Gives its exit code and what it said.
-fn interrupted(dir: &Path, name: &str, step: u64, signal: &str) -> (Option<i32>, String) {
-    let words = words(dir, name, &[]);
+fn interrupted(dir: &Path, name: &str, step: u64, signal: &str, more: &[&str]) -> (Option<i32>, String) {
+    let words = words(dir, name, more);
     let mut child = command(&words.iter().map(String::as_str).collect::<Vec<_>>())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -123,10 +123,10 @@ fn interrupted_and_killed_runs_end_bit_for_bit_as_whole_ones() {
     assert!(expected[11].1 < expected[0].1, "{expected:?}");
 
     // Asked to stop: saves where it is. Killed: loses what came after the last checkpoint.
-    let (code, said) = interrupted(dir.path(), "broken", 3, "INT");
+    let (code, said) = interrupted(dir.path(), "broken", 3, "INT", &[]);
     assert_eq!(code, Some(0), "{said}");
     assert!(said.contains("stopped as asked") && !said.contains("completed step: 11,"), "{said}");
-    let (code, said) = interrupted(dir.path(), "broken", 8, "KILL");
+    let (code, said) = interrupted(dir.path(), "broken", 8, "KILL", &[]);
     assert_eq!(code, None, "{said}");
     assert!(said.contains("goes on after step") && !said.contains("completed step: 11,"), "{said}");
     let rest = train(dir.path(), "broken", &[]).exits(0);
@@ -153,6 +153,38 @@ fn interrupted_and_killed_runs_end_bit_for_bit_as_whole_ones() {
     let verdict =
         lapidary(&["verify", checkpoint, "--against", checkpoint, "--lengths", "8", "--json"]).exits(0).json();
     assert_eq!(verdict["verdict"]["passed"], true, "{verdict:#}");
+}
+
+#[test]
+fn a_table_trained_on_the_host_resumes_bit_for_bit() {
+    let _turn = alone();
+    let dir = tempfile::tempdir().unwrap();
+    write_text(dir.path());
+    let host = ["per_layer_table=host", "gradient_accumulation_steps=2", "per_device_batch_size=4"];
+    train(dir.path(), "whole", &host).exits(0);
+    let (code, said) = interrupted(dir.path(), "cut", 4, "INT", &host);
+    assert_eq!(code, Some(0), "{said}");
+    let run =
+        train(dir.path(), "cut", &[&host[..1], &["gradient_accumulation_steps=2", "per_device_batch_size=4"]].concat());
+    assert!(run.exits(0).stderr.contains("goes on after step 5"));
+    let last = |name: &str| files(&dir.path().join(name).join("checkpoints/12"));
+    let (whole, cut) = (last("whole"), last("cut"));
+    for (name, bytes) in &whole {
+        assert!(bytes == &cut[name], "{name} differs");
+    }
+    assert_eq!(losses(&dir.path().join("whole")), losses(&dir.path().join("cut")));
+    // Moments of the rows that occurred alone: bytes of words, not the whole vocabulary.
+    let optimizer = String::from_utf8_lossy(&whole["optimizer.safetensors"]).into_owned();
+    assert!(optimizer.contains("rows:embed_tokens_per_layer.weight"));
+    // The same steps with the table on the device, where rows that do not occur decay: nearly the same losses.
+    train(dir.path(), "device", &["gradient_accumulation_steps=2", "per_device_batch_size=4"]).exits(0);
+    let (on_host, on_device) = (losses(&dir.path().join("whole")), losses(&dir.path().join("device")));
+    for (a, b) in on_host.iter().zip(&on_device) {
+        assert!((a.1 - b.1).abs() <= 1e-3 * b.1, "{a:?} {b:?}");
+    }
+    let other =
+        train(dir.path(), "cut", &["gradient_accumulation_steps=2", "per_device_batch_size=4", "steps=14"]).exits(2);
+    assert!(other.stderr.contains("per_layer_table was"), "{}", other.stderr);
 }
 
 #[test]

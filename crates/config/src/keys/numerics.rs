@@ -1,7 +1,7 @@
 //! Number types, precision, attention and memory.
 
 use super::{Category, Key, within};
-use crate::choice::{Attention, FloatType, MatmulPrecision, RematPolicy};
+use crate::choice::{Attention, FloatType, MatmulPrecision, RematPolicy, TableHome};
 use crate::value::Literal;
 
 pub(super) const KEYS: &[Key] = &within(
@@ -69,6 +69,15 @@ pub(super) const MEMORY: &[Key] = &within(
              near 64 MiB.",
         )
         .at_least(1),
+        Key::choice(
+            "per_layer_table",
+            TableHome::WORDS,
+            "auto",
+            "Where the table of per-layer embeddings is. `host`: only the rows of a batch are on the device; a trained table \
+             takes memory for the rows that occurred so far, and a step changes only the rows in its batch (weights, decay \
+             and moments of all others rest). `auto`: `host` if it is frozen, else `device`.",
+        )
+        .own(),
         Key::int("max_segments_per_seq", -1, "Most documents packed into one sequence; -1 sets no limit.").at_least(-1),
     ],
 );

@@ -48,6 +48,8 @@ pub struct StepMetrics {
     /// Work of the step on one device, in TFLOP.
     #[serde(deserialize_with = "nan_if_null")]
     pub tflops: f64,
+    /// The part of it that is done where parameters are frozen: what MFU counts.
+    pub worked_tflops: f64,
     /// Tokens of the step on one device.
     pub tokens: u64,
     /// Peak rate of a device for the run's operands, in FLOP/s, where it is known.
@@ -124,7 +126,7 @@ impl StepMetrics {
     /// Model FLOPs utilisation: work done over the work the device could have done, from 0 to 1.
     #[must_use]
     pub fn mfu(&self) -> Option<f64> {
-        self.peak_flops.filter(|peak| *peak > 0.0).map(|peak| self.tflops_per_second() * 1e12 / peak)
+        self.peak_flops.filter(|peak| *peak > 0.0).map(|peak| self.worked_tflops / self.clock() * 1e12 / peak)
     }
 
     /// Work rate of one device, in TFLOP/s.
@@ -288,6 +290,7 @@ pub(crate) mod tests {
             param_norm: 120.5,
             learning_rate: 3e-5,
             tflops: 0.016,
+            worked_tflops: 0.016,
             tokens: 256,
             peak_flops: Some(0.32e12),
             memory_bytes: Some(2_512_000_000),

@@ -14,11 +14,13 @@ use super::source::{Source, Zeros, place};
 use super::step::{
     PerLayerTable, Scalars, StepOptions, StepSums, eval_program, step_program, summed_gradient_program, update_program,
 };
+use super::table::{HostTable, Needed};
 use crate::data::TokenBatch;
 use crate::forward::narrow;
 use crate::hosts::peers::{Peers, own_rows};
 use crate::rows::RowTable;
 use crate::runtime::{Compiled, Runtime};
+use crate::train_state::TableSnapshot;
 use crate::{EngineError, Model};
 
 type Result<T> = std::result::Result<T, TrainError>;
@@ -37,6 +39,8 @@ pub struct Device<'r> {
     moments: Vec<Buffer>,
     /// The per-layer table, where it stays on the host.
     table: Option<RowTable>,
+    /// The same, where it is trained there.
+    hosted: Option<Hosted>,
     step: Executable,
     /// With other processes: the update, which follows when their gradients are summed.
     update: Option<(Executable, &'r dyn Peers)>,
@@ -47,6 +51,23 @@ impl std::fmt::Debug for Device<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Device").field("params", &self.params.len()).finish_non_exhaustive()
     }
+}
+
+/// A table of which the device has what a batch needs.
+#[derive(Debug)]
+struct Hosted {
+    table: HostTable,
+    /// Its place among the parameters, and in each list of moments.
+    param: usize,
+    moments: Vec<usize>,
+}
+
+/// What a run's moments are read from.
+pub(crate) struct Moments<'a> {
+    /// By prefix and name.
+    pub(crate) read: &'a Source<'a>,
+    /// Which rows of a table on the host have any.
+    pub(crate) table_rows: Vec<i32>,
 }
 
 /// What compiling took.
@@ -66,13 +87,19 @@ impl<'r> Device<'r> {
         runtime: &'r Runtime,
         plan: Plan,
         source: &Source<'_>,
-        moments: Option<&Source<'_>>,
+        moments: Option<&Moments<'_>>,
         model: Option<&Model>,
         peers: Option<&'r dyn Peers>,
     ) -> Result<(Self, CompileReport)> {
         let start = std::time::Instant::now();
         let client = runtime.client();
         let split = peers.is_some();
+        if split && plan.step.per_layer == PerLayerTable::HostTrained {
+            return Err(TrainError::Key {
+                key: "per_layer_table",
+                reason: "a table trained on the host is not shared between processes; use per_layer_table=device".into(),
+            });
+        }
         let prepare = || -> Result<(Executable, Option<Executable>, CompileReport)> {
             let build = if split { summed_gradient_program } else { step_program };
             let program = build(&plan.arch, &plan.layout, &plan.step, &|s| plan.role(s))?;
@@ -88,24 +115,28 @@ impl<'r> Device<'r> {
             Ok((executable, update, report))
         };
         let place_all = || -> Result<(Vec<Buffer>, Vec<Buffer>)> {
-            let mut params = Vec::new();
-            for slot in plan.slots() {
-                params.push(place(client, slot, plan.role(slot).dtype, source)?);
-            }
             let mut buffers = Vec::new();
             let trained: Vec<&Slot> = plan.slots().filter(|s| plan.role(s).trained).collect();
             let dtypes = plan.step.update.moment_dtypes();
             let widest = dtypes.iter().map(|(_, d)| d.size()).max().unwrap_or(0);
-            let zeros = match moments {
-                Some(_) => None,
-                None => Some(Zeros::new(trained.iter().map(|s| s.shape.elements() * widest))?),
-            };
+            let on_host = |s: &Slot| plan.is_hosted(s);
+            let made = |s: &&&Slot| moments.is_none() || on_host(s);
+            let zeros = Zeros::new(trained.iter().filter(made).map(|s| s.shape.elements() * widest.max(4)))?;
+            let mut params = Vec::new();
+            for slot in plan.slots() {
+                let dtype = plan.role(slot).dtype;
+                params.push(match on_host(slot) {
+                    true => zeros.place(client, dtype, &slot.shape)?,
+                    false => place(client, slot, dtype, source)?,
+                });
+            }
             for (prefix, dtype) in dtypes {
                 for slot in &trained {
-                    buffers.push(match (moments, &zeros) {
-                        (Some(read), _) => place(client, slot, dtype, &|name| read(&format!("{prefix}{name}")))?,
-                        (None, Some(zeros)) => zeros.place(client, dtype, &slot.shape)?,
-                        (None, None) => return Err(missing()),
+                    buffers.push(match moments {
+                        Some(m) if !on_host(slot) => {
+                            place(client, slot, dtype, &|name| (m.read)(&format!("{prefix}{name}")))?
+                        }
+                        _ => zeros.place(client, dtype, &slot.shape)?,
                     });
                 }
             }
@@ -125,6 +156,7 @@ impl<'r> Device<'r> {
         let update = update.zip(peers);
         // What the compiler and conversions left behind.
         pjrt::trim_allocator();
+        let hosted = hosted(&plan, source, moments, model)?;
         let table = match (plan.step.per_layer, plan.arch.per_layer_input(), model) {
             (PerLayerTable::Host(_), Some(_), Some(model)) => Some(RowTable::new(model, EMBED_TOKENS_PER_LAYER)?),
             (PerLayerTable::Host(_), Some(_), None) => {
@@ -134,7 +166,18 @@ impl<'r> Device<'r> {
         };
         let trained = plan.slots().map(|s| plan.role(s).trained).collect();
         Ok((
-            Device { runtime, plan, params, trained, moments: buffers, table, step: executable, update, eval: None },
+            Device {
+                runtime,
+                plan,
+                params,
+                trained,
+                moments: buffers,
+                table,
+                hosted,
+                step: executable,
+                update,
+                eval: None,
+            },
             report,
         ))
     }
@@ -143,33 +186,31 @@ impl<'r> Device<'r> {
     pub(crate) fn step(&mut self, batch: &TokenBatch, scalars: Scalars) -> Result<StepSums> {
         let client = self.runtime.client();
         let scalars = client.buffer_from_host(&HostArray::from_slice([3], &scalars.values())?, 0)?;
-        let outputs = match &self.update {
-            None => {
-                let mut inputs = self.batch(batch, &self.plan.step, self.plan.step.accumulation)?;
-                inputs.push(scalars);
-                let arguments: Vec<&Buffer> = self.params.iter().chain(&self.moments).chain(&inputs).collect();
-                self.step.execute(&arguments)?
-            }
-            Some((update, peers)) => {
-                let own = batch.rows(own_rows(batch.rows, peers.rank(), peers.count())?);
-                let inputs = self.batch(&own, &self.plan.step, self.plan.step.accumulation)?;
-                let arguments: Vec<&Buffer> = self.params.iter().chain(&inputs).collect();
-                let mut summed = Vec::new();
-                for output in self.step.execute(&arguments)? {
-                    let mut host = output.to_host()?;
-                    peers.sum(host.as_mut_slice::<f32>()?)?;
-                    summed.push(client.buffer_from_owned(host, 0)?.0);
-                }
-                let arguments: Vec<&Buffer> =
-                    self.params.iter().chain(&self.moments).chain(&summed).chain([&scalars]).collect();
-                update.execute(&arguments)?
-            }
+        let Some((update, peers)) = &self.update else {
+            let mut inputs = self.batch(batch, &self.plan.step, self.plan.step.accumulation)?;
+            let rows = self.hand_in(batch, &mut inputs)?;
+            inputs.push(scalars);
+            let arguments: Vec<&Buffer> = self.params.iter().chain(&self.moments).chain(&inputs).collect();
+            let outputs = self.step.execute(&arguments)?;
+            return self.take(outputs, &rows);
         };
-        self.take(outputs)
+        let own = batch.rows(own_rows(batch.rows, peers.rank(), peers.count())?);
+        let inputs = self.batch(&own, &self.plan.step, self.plan.step.accumulation)?;
+        let arguments: Vec<&Buffer> = self.params.iter().chain(&inputs).collect();
+        let mut summed = Vec::new();
+        for output in self.step.execute(&arguments)? {
+            let mut host = output.to_host()?;
+            peers.sum(host.as_mut_slice::<f32>()?)?;
+            summed.push(client.buffer_from_owned(host, 0)?.0);
+        }
+        let arguments: Vec<&Buffer> =
+            self.params.iter().chain(&self.moments).chain(&summed).chain([&scalars]).collect();
+        let outputs = update.execute(&arguments)?;
+        self.take(outputs, &[])
     }
 
-    /// Takes over what a step gave.
-    fn take(&mut self, mut outputs: Vec<Buffer>) -> Result<StepSums> {
+    /// Takes over what a step gave; `rows` are those of a table trained on the host.
+    fn take(&mut self, mut outputs: Vec<Buffer>, rows: &[i32]) -> Result<StepSums> {
         let sums = outputs.pop().map(|b| b.to_host()).transpose()?;
         let mut outputs = outputs.into_iter();
         for (p, _) in self.params.iter_mut().zip(&self.trained).filter(|(_, t)| **t) {
@@ -178,13 +219,41 @@ impl<'r> Device<'r> {
         for m in &mut self.moments {
             *m = outputs.next().ok_or_else(missing)?;
         }
+        if let Some(hosted) = &mut self.hosted {
+            let parts =
+                std::iter::once(&self.params[hosted.param]).chain(hosted.moments.iter().map(|&i| &self.moments[i]));
+            let parts: Vec<HostArray> = parts.map(Buffer::to_host).collect::<std::result::Result<_, _>>()?;
+            hosted.table.store(rows, &parts.iter().collect::<Vec<_>>())?;
+        }
         read_sums(sums)
+    }
+
+    /// Puts the rows that a batch needs of a table trained on the host into their places, and the batch's last field, which says
+    /// where they are. Returns the rows.
+    fn hand_in(&mut self, batch: &TokenBatch, inputs: &mut Vec<Buffer>) -> Result<Vec<i32>> {
+        let Some(hosted) = &self.hosted else { return Ok(Vec::new()) };
+        let micro = self.plan.step.accumulation;
+        let needed = Needed::of(&in_micro_batches(&batch.inputs, batch.seq, micro));
+        let client = self.runtime.client();
+        let shape = [micro, batch.rows / micro.max(1), batch.seq];
+        inputs.push(client.buffer_from_host(&HostArray::from_slice(shape, &needed.index)?, 0)?);
+        let capacity = self.params[hosted.param].shape().dims().first().copied().unwrap_or(0);
+        let mut parts = hosted.table.gather(&needed.rows, capacity)?.into_iter();
+        let mut place = || Ok::<_, TrainError>(client.buffer_from_host(&parts.next().ok_or_else(missing)?, 0)?);
+        self.params[hosted.param] = place()?;
+        for &i in &hosted.moments {
+            self.moments[i] = place()?;
+        }
+        Ok(needed.rows)
     }
 
     /// Sums of one evaluation batch.
     pub(crate) fn evaluate(&mut self, batch: &TokenBatch) -> Result<StepSums> {
         let tokens = batch.rows * batch.seq;
         let mut options = StepOptions { rows: batch.rows, accumulation: 1, ..self.plan.step.clone() };
+        if options.per_layer == PerLayerTable::HostTrained {
+            options.per_layer = PerLayerTable::Host(options.loss.dtype);
+        }
         if !tokens.is_multiple_of(options.loss.blocks) {
             options.loss.blocks = 1;
         }
@@ -193,7 +262,9 @@ impl<'r> Device<'r> {
             self.eval = Some(compile(self.runtime, &program, &self.plan)?.executable);
         }
         let inputs = self.batch(batch, &options, 1)?;
-        let arguments: Vec<&Buffer> = self.params.iter().chain(&inputs).collect();
+        let on_device =
+            self.params.iter().enumerate().filter(|(i, _)| self.hosted.as_ref().is_none_or(|h| h.param != *i));
+        let arguments: Vec<&Buffer> = on_device.map(|(_, b)| b).chain(&inputs).collect();
         let Some(eval) = &self.eval else { return Err(missing()) };
         let mut outputs = eval.execute(&arguments)?;
         read_sums(outputs.pop().map(|b| b.to_host()).transpose()?)
@@ -203,13 +274,7 @@ impl<'r> Device<'r> {
     fn batch(&self, batch: &TokenBatch, options: &StepOptions, micro: usize) -> Result<Vec<Buffer>> {
         let client = self.runtime.client();
         let shape: Shape = [micro, batch.rows / micro.max(1), batch.seq].into();
-        let order = |values: &[i32]| -> Vec<i32> {
-            if micro == 1 {
-                return values.to_vec();
-            }
-            let rows: Vec<&[i32]> = values.chunks(batch.seq).collect();
-            (0..micro).flat_map(|i| rows.iter().skip(i).step_by(micro).flat_map(|r| r.iter().copied())).collect()
-        };
+        let order = |values: &[i32]| in_micro_batches(values, batch.seq, micro);
         let mut fields = vec![&batch.inputs, &batch.inputs_position, &batch.targets, &batch.targets_segmentation];
         if options.segments {
             fields.push(&batch.inputs_segmentation);
@@ -221,7 +286,14 @@ impl<'r> Device<'r> {
         if let (PerLayerTable::Host(dtype), Some(p)) = (options.per_layer, self.plan.arch.per_layer_input()) {
             let width = self.plan.arch.layers().len() * p.width;
             let shape = [shape.dims(), &[width]].concat();
-            let rows = self.table()?.gather(&order(&batch.inputs), shape)?;
+            let ids = order(&batch.inputs);
+            let rows = match &self.hosted {
+                Some(h) => {
+                    let rows = h.table.lookup(&ids)?;
+                    HostArray::from_bytes(rows.dtype(), shape, rows.bytes())?
+                }
+                None => self.table()?.gather(&ids, shape)?,
+            };
             buffers.push(client.buffer_from_owned(convert(rows, dtype)?, 0)?.0);
         }
         Ok(buffers)
@@ -229,6 +301,11 @@ impl<'r> Device<'r> {
 
     fn table(&self) -> Result<&RowTable> {
         self.table.as_ref().ok_or_else(missing)
+    }
+
+    /// The per-layer table that is trained on the host, as it is now.
+    pub(crate) fn table_snapshot(&self) -> Result<Option<TableSnapshot>> {
+        self.hosted.as_ref().map(|h| h.table.snapshot(EMBED_TOKENS_PER_LAYER)).transpose()
     }
 
     /// The per-layer table that stays on the host, whole.
@@ -242,7 +319,7 @@ impl<'r> Device<'r> {
     pub(crate) fn snapshot(&self, all: bool) -> Result<(Vec<(String, HostArray)>, Vec<(String, HostArray)>)> {
         let mut params = Vec::new();
         for ((slot, buffer), &trained) in self.plan.slots().zip(&self.params).zip(&self.trained) {
-            if all || trained {
+            if (all || trained) && !self.plan.is_hosted(slot) {
                 unstack(slot, &buffer.to_host()?, "", &mut params)?;
             }
         }
@@ -250,11 +327,49 @@ impl<'r> Device<'r> {
         let mut buffers = self.moments.iter();
         for (prefix, _) in self.plan.step.update.moment_dtypes() {
             for (slot, _) in self.plan.slots().zip(&self.trained).filter(|(_, t)| **t) {
-                unstack(slot, &buffers.next().ok_or_else(missing)?.to_host()?, prefix, &mut moments)?;
+                let buffer = buffers.next().ok_or_else(missing)?;
+                if !self.plan.is_hosted(slot) {
+                    unstack(slot, &buffer.to_host()?, prefix, &mut moments)?;
+                }
             }
         }
         Ok((params, moments))
     }
+}
+
+/// Micro-batch `i` is rows `i`, `i + n`, `i + 2n`, ... as in MaxText.
+fn in_micro_batches(values: &[i32], seq: usize, micro: usize) -> Vec<i32> {
+    if micro == 1 {
+        return values.to_vec();
+    }
+    let rows: Vec<&[i32]> = values.chunks(seq).collect();
+    (0..micro).flat_map(|i| rows.iter().skip(i).step_by(micro).flat_map(|r| r.iter().copied())).collect()
+}
+
+/// The table that is trained on the host, if it is: from a model's file, or drawn at random.
+fn hosted(
+    plan: &Plan,
+    source: &Source<'_>,
+    moments: Option<&Moments<'_>>,
+    model: Option<&Model>,
+) -> Result<Option<Hosted>> {
+    let Some(param) = plan.slots().position(|s| plan.is_hosted(s)) else { return Ok(None) };
+    let name = EMBED_TOKENS_PER_LAYER;
+    let base = match model {
+        Some(model) => RowTable::new(model, name)?,
+        None => RowTable::in_memory(source(name)?.into_host()?)?,
+    };
+    let dtypes = plan.step.update.moment_dtypes();
+    let mut table = HostTable::new(base, plan.step.weight_dtype, &dtypes);
+    if let Some(m) = moments {
+        let read =
+            |(prefix, dtype): &(&str, DType)| convert((m.read)(&format!("{prefix}{name}"))?.into_host()?, *dtype);
+        table.restore(&m.table_rows, &dtypes.iter().map(read).collect::<Result<Vec<_>>>()?)?;
+    }
+    let trained: Vec<bool> = plan.slots().filter(|s| plan.role(s).trained).map(|s| plan.is_hosted(s)).collect();
+    let place = trained.iter().position(|h| *h).ok_or_else(missing)?;
+    let moments = (0..dtypes.len()).map(|i| i * trained.len() + place).collect();
+    Ok(Some(Hosted { table, param, moments }))
 }
 
 fn missing() -> TrainError {

@@ -11,6 +11,7 @@ pub mod schedule;
 mod source;
 mod start;
 pub mod step;
+mod table;
 mod trainer;
 
 pub use error::TrainError;

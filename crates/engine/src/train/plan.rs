@@ -1,11 +1,11 @@
 //! From a configuration to everything a run is built of, before a device is asked.
 
-use config::{Config, FloatType, MatmulPrecision, MeshShape, OptimizerKind, Origin, Profiler, RematPolicy};
+use config::{Config, FloatType, MatmulPrecision, MeshShape, OptimizerKind, Origin, Profiler, RematPolicy, TableHome};
 use gemma4::decoder::LayerRemat;
 use gemma4::layer::names;
 use gemma4::layout::{Layout, Slot};
 use gemma4::loss::{HeadGradient, LossOptions};
-use gemma4::params::EMBED_TOKENS_PER_LAYER;
+use gemma4::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
 use gemma4::partition::{Partition, Rules};
 use gemma4::{Arch, Flops, param_table};
 use regex::Regex;
@@ -19,6 +19,9 @@ use crate::metrics::summary::{MemoryRow, ParameterCounts};
 
 /// f32 logits of one block take about this much where `num_vocab_tiling` is left to us.
 const BLOCK_BYTES: usize = 64 << 20;
+
+/// Memory of the process without any array, as measured with the CPU plugin and programs of ten and of 35 layers.
+const PROGRAM_BYTES: u64 = 300_000_000;
 
 /// What a run is built of.
 #[derive(Debug, Clone)]
@@ -156,13 +159,20 @@ impl Plan {
                 z_loss: config.optimizer.z_loss_multiplier,
                 gradient: HeadGradient::HiddenAndTable,
             },
-            per_layer: if ple_trained || arch.per_layer_input().is_none() {
-                PerLayerTable::Device
-            } else {
-                PerLayerTable::Host(frozen_dtype(dtype))
+            per_layer: match (config.memory.per_layer_table, ple_trained) {
+                _ if arch.per_layer_input().is_none() => PerLayerTable::Device,
+                (TableHome::Device, _) | (TableHome::Auto, true) => PerLayerTable::Device,
+                (TableHome::Host, true) => PerLayerTable::HostTrained,
+                (TableHome::Host | TableHome::Auto, false) => PerLayerTable::Host(frozen_dtype(dtype)),
             },
             weight_dtype,
             update: Update { rule, clip: o.gradient_clipping_threshold },
+        };
+        let layout = match (step.per_layer, arch.per_layer_input().map(|p| p.vocab_size)) {
+            (PerLayerTable::HostTrained, Some(vocab)) => {
+                layout.with_table_rows(vocab.min(step.rows * step.seq * step.accumulation))
+            }
+            _ => layout,
         };
         let sum = |f: &dyn Fn(&ParamSpec) -> bool| {
             table.iter().filter(|p| f(p)).map(|p| p.shape.elements() as u64).sum::<u64>()
@@ -210,6 +220,44 @@ impl Plan {
     /// The slots a program takes, in order.
     pub fn slots(&self) -> impl Iterator<Item = &Slot> {
         device_slots(&self.layout, self.step.per_layer)
+    }
+
+    /// The part of [`Flops::total`] that a step does: products for gradients that nobody asks for are not computed. Gradients by
+    /// activations reach down to the first layer with a trained parameter, of which all count.
+    #[must_use]
+    pub fn worked_flops(&self) -> f64 {
+        let table = param_table(&self.arch);
+        let trained = |p: &ParamSpec| self.is_trained(p);
+        // Embeddings and what makes per-layer inputs lie before every layer.
+        let last = "norm.weight";
+        let before = table.iter().any(|p| p.layer.is_none() && p.name != last && trained(p));
+        let layers = table.iter().filter(|p| trained(p)).filter_map(|p| p.layer);
+        let first = if before { Some(0) } else { layers.min() };
+        let reached = |layer: Option<usize>| match (layer, first) {
+            (Some(l), Some(f)) => l >= f,
+            // The projection that makes per-layer inputs.
+            (None, _) => before,
+            (_, None) => false,
+        };
+        let tokens = self.flops.tokens as f64;
+        let products: f64 = table
+            .iter()
+            .filter(|p| p.shape.rank() == 2 && p.name != EMBED_TOKENS_PER_LAYER)
+            .map(|p| {
+                let forward = 2.0 * tokens * p.shape.elements() as f64;
+                // The head's hidden states have a gradient whatever is trained.
+                let passed = p.name == EMBED_TOKENS || reached(p.layer);
+                forward * (1.0 + f64::from(u8::from(passed)) + f64::from(u8::from(trained(p))))
+            })
+            .sum();
+        let share = |layer: usize| if reached(Some(layer)) { 1.0 } else { 1.0 / 3.0 };
+        products + self.flops.layers.iter().map(|l| l.attention * share(l.layer)).sum::<f64>()
+    }
+
+    /// Whether a slot holds those rows of a table on the host that a batch needs.
+    #[must_use]
+    pub fn is_hosted(&self, slot: &Slot) -> bool {
+        self.step.per_layer == PerLayerTable::HostTrained && slot.spec().name == EMBED_TOKENS_PER_LAYER
     }
 
     /// Layers of a loop are all treated alike.
@@ -269,6 +317,7 @@ impl Plan {
                 "kept for the backward pass, and one layer's scores",
             ),
             row("logits", logits, "of one block"),
+            row("program", PROGRAM_BYTES, "plugin, compiled code, what the compiler keeps"),
         ]
     }
 
@@ -431,6 +480,39 @@ fn refuse(config: &Config) -> Result<(), TrainError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn plan(words: &[&str]) -> Plan {
+        let config = config::Sources::from_args(words.iter().copied()).resolve().unwrap();
+        Plan::new(&config, Arch::from_config(&config).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn frozen_parameters_are_work_not_done() {
+        let tiny = ["model_name=tiny-e2b", "max_target_length=64"];
+        let all = plan(&tiny);
+        // Per-layer projections of all layers are one parameter here and several products there: to rounding.
+        assert!((all.worked_flops() / all.flops.total - 1.0).abs() < 1e-12);
+        let of = |mask: &str| {
+            let p = plan(&[&tiny[..], &[&format!("trainable_parameters_mask=[\"{mask}\"]")]].concat());
+            p.worked_flops() / p.flops.total
+        };
+        let (last, first) = (of("layers\\\\.9\\\\."), of("layers\\\\.0\\\\."));
+        assert!(last > 1.0 / 3.0 && last < 0.6, "{last}");
+        assert!(first > 2.0 / 3.0 - 0.05 && first < 0.8, "{first}");
+    }
+
+    #[test]
+    fn a_trained_table_is_on_the_host_only_if_asked() {
+        let tiny = ["model_name=tiny-e2b", "max_target_length=8", "per_device_batch_size=2"];
+        let with = |more: &[&str]| plan(&[&tiny[..], more].concat());
+        assert_eq!(with(&[]).step.per_layer, PerLayerTable::Device);
+        let frozen = ["trainable_parameters_mask=[\"mlp\"]"];
+        assert!(matches!(with(&frozen).step.per_layer, PerLayerTable::Host(_)));
+        let hosted = with(&["per_layer_table=host"]);
+        assert_eq!(hosted.step.per_layer, PerLayerTable::HostTrained);
+        let slot = hosted.slots().find(|s| hosted.is_hosted(s)).unwrap();
+        assert_eq!(slot.shape.dims(), [16, 80]);
+    }
 
     #[test]
     fn blocks_divide_the_rows_and_bound_the_logits() {

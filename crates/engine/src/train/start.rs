@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use config::Config;
+use config::Category;
+use config::{Config, Filter};
 use gemma4::Arch;
 use serde_json::json;
 
 use super::TrainError;
 use super::optimizer::Rule;
 use super::plan::Plan;
+use super::step::PerLayerTable;
 use crate::metrics::summary::{Summary, render};
 use crate::train_state::{StoreOptions, TrainerState};
 use crate::{Model, Runtime, metrics, peak};
@@ -27,7 +29,16 @@ pub(super) fn run_name(config: &Config) -> String {
         return config.output.run_name.clone();
     }
     let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    format!("{}_{}", config.model.name, stamp(seconds))
+    format!("{}_{}", model_name(config), stamp(seconds))
+}
+
+/// The model's name, or that of the directory it comes from.
+fn model_name(config: &Config) -> String {
+    let load = std::path::Path::new(&config.checkpoint.load_parameters_path);
+    match load.file_name().filter(|_| leaves_the_model_open(config)) {
+        Some(name) => name.to_string_lossy().into_owned(),
+        None => config.model.name.clone(),
+    }
 }
 
 /// `YYYY-MM-DD-HH-MM` of seconds since 1970, UTC.
@@ -44,8 +55,16 @@ fn stamp(seconds: u64) -> String {
     format!("{y:04}-{m:02}-{d:02}-{:02}-{:02}", rest / 3600, rest / 60 % 60)
 }
 
-/// The configured architecture, which is also that of the checkpoint.
+/// Whether the configuration says nothing of the model's shape.
+fn leaves_the_model_open(config: &Config) -> bool {
+    config.raw().show(Filter::Category(Category::Model)).iter().all(|s| !s.is_set())
+}
+
+/// The configured architecture, which is also that of the checkpoint; that of the checkpoint where none is configured.
 pub(super) fn architecture(config: &Config, given: Option<&Model>) -> Result<Arch> {
+    if let Some(model) = given.filter(|_| leaves_the_model_open(config)) {
+        return Ok(model.arch().clone());
+    }
     let configured = Arch::from_config(config)?;
     let Some(model) = given else { return Ok(configured) };
     if &configured == model.arch() {
@@ -83,6 +102,11 @@ pub(super) fn identity(config: &Config, plan: &Plan) -> BTreeMap<String, serde_j
         ("weight_dtype".to_owned(), json!(config.numerics.weight_dtype)),
         ("mu_dtype".to_owned(), json!(config.optimizer.mu_dtype)),
         ("trainable_parameters_mask".to_owned(), json!(config.optimizer.trainable)),
+        // Moments of a table on the host are stored otherwise than those of one on the device.
+        (
+            "per_layer_table".to_owned(),
+            json!(if step.per_layer == PerLayerTable::HostTrained { "host" } else { "device" }),
+        ),
         ("train_layer_scalar".to_owned(), json!(config.optimizer.train_layer_scalar)),
         ("max_target_length".to_owned(), json!(step.seq)),
         ("per_device_batch_size".to_owned(), json!(step.rows)),
@@ -117,7 +141,7 @@ pub(super) fn peak_rate(runtime: &Runtime, plan: &Plan) -> Option<f64> {
 
 pub(super) fn summary(plan: &Plan, config: &Config) -> String {
     render(&Summary {
-        model: &config.model.name,
+        model: &model_name(config),
         parameters: plan.counts,
         flops: &plan.flops,
         // Measured after the first step, see `peak_rate`.

@@ -25,6 +25,9 @@ pub enum PerLayerTable {
     Device,
     /// The host looks rows up and hands them in, in this dtype.
     Host(DType),
+    /// The host hands in the rows that a batch needs, each once, with their moments, and takes them back updated. The layout
+    /// has as many rows as a batch has tokens ([`Layout::with_table_rows`]); those beyond the different ones are not looked up.
+    HostTrained,
 }
 
 /// What a training program is built for.
@@ -73,6 +76,8 @@ pub mod names {
     pub const TARGET_SEGMENTS: &str = "targets_segmentation";
     /// Rows of the per-layer table, `[accumulation, rows, seq, l * p]`.
     pub const PER_LAYER_ROWS: &str = "per_layer_rows";
+    /// Which of the rows handed in is each token's, `[accumulation, rows, seq]` i32.
+    pub const PER_LAYER_INDEX: &str = "per_layer_index";
     /// Learning rate and bias corrections, see [`super::Scalars`].
     pub const SCALARS: &str = "scalars";
     /// Sums of the step, see [`super::StepSums`].
@@ -173,6 +178,9 @@ impl Builder<'_> {
         if o.segments {
             fields.push(names::SEGMENTS);
         }
+        if o.per_layer == PerLayerTable::HostTrained {
+            fields.push(names::PER_LAYER_INDEX);
+        }
         let input = |name: &str, dtype, shape: &[usize]| {
             let sharding = batch_sharding(self.layout, shape);
             self.g.input_with(name, dtype, shape.to_vec(), InputOptions { sharding, ..InputOptions::default() })
@@ -206,6 +214,7 @@ impl Builder<'_> {
             targets: b[2],
             target_segments: b[3],
             segments,
+            per_layer_ids: if self.options.per_layer == PerLayerTable::HostTrained { b.last().copied() } else { None },
             per_layer_rows: if rows { b.last().copied() } else { None },
         };
         let options = LossOptions { gradient, ..self.options.loss.clone() };
@@ -283,7 +292,10 @@ impl Builder<'_> {
             new.push(apply(g, &self.options.update, p, grad, m, factor, scalars, (self.role)(slot).decayed)?);
         }
         let mut squares = Vec::new();
-        for s in self.slots() {
+        // Of a table on the host, only some rows are here: its norm is not known.
+        let hosted =
+            |s: &&Slot| self.options.per_layer == PerLayerTable::HostTrained && s.spec().name == EMBED_TOKENS_PER_LAYER;
+        for s in self.slots().filter(|s| !hosted(s)) {
             let after = trained.iter().position(|t| t.name == s.name).map_or(params[&s.name], |i| new[i].0);
             squares.push(sum_of_squares(g, after)?);
         }

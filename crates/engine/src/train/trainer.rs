@@ -12,10 +12,10 @@ use gemma4::params::EMBED_TOKENS_PER_LAYER;
 use serde_json::json;
 
 use super::TrainError;
-use super::device::{CompileReport, Device};
+use super::device::{CompileReport, Device, Moments};
 use super::optimizer::Rule;
 use super::plan::Plan;
-use super::source::{Given, Source};
+use super::source::Given;
 use super::start::{
     architecture, check_identity, identity, optimizer_name, peak_rate, run_name, store_options, summary,
 };
@@ -57,7 +57,7 @@ pub enum Event<'a> {
     },
     /// An evaluation is done.
     Eval(&'a EvalMetrics),
-    /// A checkpoint is being written, or is written.
+    /// A checkpoint is complete.
     Saved {
         /// Steps done.
         step: u64,
@@ -235,6 +235,7 @@ pub fn train(
         saver: store.as_ref().map(|s| AsyncSaver::new(Arc::clone(s))),
         store: store.clone(),
         saved: latest,
+        paused: None,
         peak: None,
     };
     if run.store.is_some() && config.checkpoint.save_on_start && latest.is_none() {
@@ -252,7 +253,7 @@ pub fn train(
         let clock = Instant::now();
         let Some(batch) = next_batch(&mut source, config, rows, plan.step.seq)? else {
             run.save(&device, step, &source, events)?;
-            run.finish()?;
+            run.finish(events)?;
             return Err(TrainError::OutOfData { done: step, steps: plan.steps });
         };
         let waited = clock.elapsed();
@@ -294,12 +295,13 @@ pub fn train(
         if run.store.is_some() && wanted {
             run.save(&device, step + 1, &source, events)?;
         }
+        run.poll(events)?;
         if last {
             break;
         }
     }
     writer.flush()?;
-    run.finish()?;
+    run.finish(events)?;
     report.checkpoint = run.saved.zip(run.store.as_ref()).map(|(step, s)| s.path(step));
     report.data = source.report();
     Ok(report)
@@ -315,6 +317,8 @@ struct Run<'a> {
     store: Option<Arc<Store>>,
     /// The last step saved.
     saved: Option<u64>,
+    /// How long the run stood still for the save under way.
+    paused: Option<Duration>,
     /// FLOP/s.
     peak: Option<f64>,
 }
@@ -340,6 +344,7 @@ impl Run<'_> {
             param_norm: f64::from(s.param_square).sqrt(),
             learning_rate: self.plan.schedule.rate(step),
             tflops: self.plan.flops.total / 1e12,
+            worked_tflops: self.plan.worked_flops() / 1e12,
             tokens: self.plan.flops.tokens,
             peak_flops: self.peak,
             memory_bytes: metrics::memory::process().map(|m| m.resident),
@@ -375,7 +380,7 @@ impl Run<'_> {
         source: &Prefetch,
         events: &mut dyn FnMut(Event<'_>),
     ) -> Result<()> {
-        let (Some(store), Some(saver)) = (&self.store, &mut self.saver) else { return Ok(()) };
+        let Some(saver) = &mut self.saver else { return Ok(()) };
         if self.saved == Some(step) {
             return Ok(());
         }
@@ -383,9 +388,11 @@ impl Run<'_> {
         // The first checkpoint of a run holds everything, later ones what changed.
         let all = self.saved.is_none();
         let (params, moments) = device.snapshot(all)?;
+        let hosted = device.table_snapshot()?;
         let cursor = serde_json::to_value(source.cursor()).unwrap_or_default();
         let table = param_table(&self.plan.arch);
-        let held: std::collections::HashSet<&str> = params.iter().map(|(n, _)| n.as_str()).collect();
+        let held: std::collections::HashSet<&str> =
+            params.iter().map(|(n, _)| n.as_str()).chain(hosted.iter().map(|t| t.name.as_str())).collect();
         let trained = |p: &&tensor::ParamSpec| self.plan.is_trained(p);
         let state = TrainerState {
             format: 1,
@@ -409,20 +416,38 @@ impl Run<'_> {
             frozen.retain(|n| n != EMBED_TOKENS_PER_LAYER);
         }
         let moments = moments.into_iter().map(array).collect();
-        saver.submit(Snapshot { state, params, frozen, moments })?;
+        // The one before is complete after this, or its error is here.
+        saver.finish()?;
+        tell_saved(saver, &mut self.paused, events);
+        saver.submit(Snapshot { state, params, frozen, moments, table: hosted })?;
         if !self.config.checkpoint.asynchronous {
             saver.finish()?;
         }
         self.saved = Some(step);
-        events(Event::Saved { step, path: &store.path(step), paused: clock.elapsed() });
-        Ok(())
+        self.paused = Some(clock.elapsed());
+        self.poll(events)
     }
 
-    fn finish(&mut self) -> Result<()> {
-        match &mut self.saver {
-            Some(saver) => Ok(saver.finish()?),
-            None => Ok(()),
+    /// Tells of a save that is complete by now.
+    fn poll(&mut self, events: &mut dyn FnMut(Event<'_>)) -> Result<()> {
+        match &self.saver {
+            Some(saver) if !saver.is_busy() => self.finish(events),
+            _ => Ok(()),
         }
+    }
+
+    fn finish(&mut self, events: &mut dyn FnMut(Event<'_>)) -> Result<()> {
+        let Some(saver) = &mut self.saver else { return Ok(()) };
+        saver.finish()?;
+        tell_saved(saver, &mut self.paused, events);
+        Ok(())
+    }
+}
+
+fn tell_saved(saver: &mut AsyncSaver, paused: &mut Option<Duration>, events: &mut dyn FnMut(Event<'_>)) {
+    for saved in saver.take_saved() {
+        let paused = paused.take().unwrap_or_default();
+        events(Event::Saved { step: saved.step, path: &saved.path, paused });
     }
 }
 
@@ -456,7 +481,8 @@ fn place<'r>(
         Some(l) => {
             let source = |name: &str| -> Result<Given> { Ok(l.param(name)?.into()) };
             let moments = |name: &str| -> Result<Given> { Ok(l.moment(name)?.into()) };
-            Device::new(runtime, plan.clone(), &source, Some(&moments as &Source<'_>), Some(l.model()), peers)
+            let moments = Moments { read: &moments, table_rows: l.table_rows()? };
+            Device::new(runtime, plan.clone(), &source, Some(&moments), Some(l.model()), peers)
         }
         None => Device::new(runtime, plan.clone(), &from_model, None, given, peers),
     }

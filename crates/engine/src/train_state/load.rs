@@ -7,11 +7,11 @@ use checkpoint::manifest::Manifest;
 use checkpoint::safetensors::{SafetensorsFile, TensorView};
 use gemma4::param_table;
 use rayon::prelude::*;
-use tensor::DType;
+use tensor::{DType, Shape};
 
 use super::record::Record;
-use super::save::check_moments;
-use super::{OPTIMIZER_FILE, StateError, Store, TrainerState};
+use super::save::{check_moments, check_rows};
+use super::{OPTIMIZER_FILE, ROWS, StateError, Store, TrainerState};
 use crate::Model;
 
 /// A checkpoint that was checked completely. Arrays are read when they are asked for.
@@ -62,13 +62,25 @@ impl Store {
             }
         }
         let trained: BTreeSet<&str> = record.state.trained.iter().map(String::as_str).collect();
-        let names: Vec<&str> = moments.tensors().iter().map(|t| t.name.as_str()).collect();
+        let all = moments.tensors().iter();
+        let names: Vec<&str> = all.map(|t| t.name.as_str()).filter(|n| !n.starts_with(ROWS)).collect();
         check_moments(&record.state.optimizer, &trained, &names).map_err(|e| format!("{OPTIMIZER_FILE}: {e}"))?;
         for t in moments.tensors() {
             let param = t.name.split_once(':').map_or("", |(_, n)| n);
             let Some(spec) = table.iter().find(|p| p.name == param) else {
                 return Err(format!("{OPTIMIZER_FILE}: {} is of no parameter of the model", t.name));
             };
+            let rows = moments.tensor(&format!("{ROWS}{param}"));
+            if let Some(rows) = rows.filter(|_| spec.shape.rank() == 2) {
+                let numbers = numbers(&rows).map_err(|e| format!("{OPTIMIZER_FILE}: {ROWS}{param}: {e}"))?;
+                check_rows(&numbers, spec.shape.dims()[0]).map_err(|e| format!("{OPTIMIZER_FILE}: {param}: {e}"))?;
+                let part = Shape::from([numbers.len(), spec.shape.dims()[1]]);
+                let is_float = matches!(t.dtype, DType::BF16 | DType::F32) && t.shape == part;
+                if !is_float && t.name != format!("{ROWS}{param}") {
+                    return Err(format!("{OPTIMIZER_FILE}: {} is {}{}, expected {part}", t.name, t.dtype, t.shape));
+                }
+                continue;
+            }
             if t.shape != spec.shape || !matches!(t.dtype, DType::BF16 | DType::F32) {
                 let (found, dtype, shape) = (&t.shape, t.dtype, &spec.shape);
                 return Err(format!("{OPTIMIZER_FILE}: {} is {dtype}{found}, expected floats of {shape}", t.name));
@@ -76,6 +88,15 @@ impl Store {
         }
         Ok(Loaded { state: record.state, model, moments })
     }
+}
+
+/// The values of a list of i32.
+fn numbers(view: &TensorView) -> Result<Vec<i32>, String> {
+    if view.dtype != DType::I32 || view.shape.rank() != 1 {
+        return Err(format!("it is {}{}, expected a list of int32", view.dtype, view.shape));
+    }
+    let number = |b: &[u8]| b.try_into().map(i32::from_le_bytes).unwrap_or_default();
+    Ok(view.bytes.as_slice().chunks_exact(4).map(number).collect())
 }
 
 impl Loaded {
@@ -102,6 +123,18 @@ impl Loaded {
     /// When there is none of this name.
     pub fn param(&self, name: &str) -> Result<TensorView, StateError> {
         self.model.mapped(name).ok_or_else(|| self.no_array("parameter", name))
+    }
+
+    /// Which rows of a table there are moments of, where they are not of all; empty if there is no such table.
+    ///
+    /// # Errors
+    /// When the file changed since it was checked.
+    pub fn table_rows(&self) -> Result<Vec<i32>, StateError> {
+        let Some(entry) = self.moments.tensors().iter().find(|t| t.name.starts_with(ROWS)) else {
+            return Ok(Vec::new());
+        };
+        let view = self.moments.tensor(&entry.name).ok_or_else(|| self.no_array("rows", &entry.name))?;
+        numbers(&view).map_err(|_| self.no_array("rows", &entry.name))
     }
 
     /// A moment, such as `mu:norm.weight`, in its mapped file.

@@ -29,10 +29,13 @@ mod tidy;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use fs_err as fs;
 use serde::{Deserialize, Serialize};
 use tensor::HostArray;
+
+use crate::rows::RowTable;
 
 pub use error::StateError;
 pub use load::Loaded;
@@ -43,6 +46,9 @@ pub use saver::AsyncSaver;
 
 /// Name of the file of moments within a checkpoint.
 pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+
+/// Before a parameter's name in that file: the numbers of the rows that its moments are of, where they are not of all.
+pub const ROWS: &str = "rows:";
 
 /// What a run needs besides arrays to continue exactly.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -72,6 +78,21 @@ pub struct Array {
     pub data: HostArray,
 }
 
+/// A parameter of which a run has changed some rows, and has moments for these alone.
+#[derive(Debug, Clone)]
+pub struct TableSnapshot {
+    /// Hugging Face name without a prefix.
+    pub name: String,
+    /// All other rows.
+    pub base: Arc<RowTable>,
+    /// Numbers of the changed rows, ascending; at least one.
+    pub rows: Vec<i32>,
+    /// These rows, in the dtype in which the whole table is written.
+    pub weights: HostArray,
+    /// Their moments: `mu:NAME` and `nu:NAME`.
+    pub moments: Vec<(String, HostArray)>,
+}
+
 /// The state of a run after a step.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
@@ -83,6 +104,8 @@ pub struct Snapshot {
     pub frozen: Vec<String>,
     /// Moments of exactly the trained parameters: `mu:NAME` and `nu:NAME`.
     pub moments: Vec<Array>,
+    /// A trained parameter that is in neither of these lists.
+    pub table: Option<TableSnapshot>,
 }
 
 /// How checkpoints are kept.

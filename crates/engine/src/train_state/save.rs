@@ -15,8 +15,9 @@ use tensor::{DType, HostArray, ParamSpec, Shape};
 
 use super::frozen::Frozen;
 use super::record::{FORMAT, Record};
-use super::{Array, OPTIMIZER_FILE, Snapshot, StateError, Store};
+use super::{Array, OPTIMIZER_FILE, ROWS, Snapshot, StateError, Store, TableSnapshot};
 use crate::convert::config::sidecars;
+use crate::forward::narrow;
 
 /// Largest weights file in bytes of data; a single larger tensor gets a file of its own.
 const SHARD: u64 = 4 << 30;
@@ -41,6 +42,10 @@ pub struct Saved {
 /// Where the bytes of a planned tensor come from.
 enum Bytes<'s> {
     Given(&'s HostArray),
+    /// A whole table: changed rows, and all others.
+    Table(&'s TableSnapshot),
+    /// The numbers of a table's changed rows.
+    Rows(&'s [i32]),
     /// A parameter of one of [`Frozen::models`].
     Model(usize, &'s str),
 }
@@ -132,6 +137,10 @@ impl Store {
                     file,
                     &mut |index, sink| match group.bytes.get(index) {
                         Some(Bytes::Given(array)) => Ok(sink.write(array.bytes())?),
+                        Some(Bytes::Table(table)) => write_table(table, sink),
+                        Some(Bytes::Rows(rows)) => {
+                            Ok(sink.write(&rows.iter().flat_map(|r| r.to_le_bytes()).collect::<Vec<u8>>())?)
+                        }
                         Some(Bytes::Model(model, name)) => match frozen.models.get(*model) {
                             Some(model) => copy(model, name, sink),
                             None => Err("its model is not open".into()),
@@ -189,6 +198,36 @@ fn copy(
     Ok(())
 }
 
+/// Rows of a table that are converted at once.
+const TABLE_BLOCK: usize = 1024;
+
+/// Writes all rows of a table in the dtype of its changed ones.
+fn write_table(
+    t: &TableSnapshot,
+    sink: &mut checkpoint::write::TensorSink<'_>,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let dtype = t.weights.dtype();
+    let width = t.base.columns() * dtype.size();
+    let mut changed = t.rows.iter().zip(t.weights.bytes().chunks_exact(width.max(1))).peekable();
+    for start in (0..t.base.rows()).step_by(TABLE_BLOCK) {
+        let end = (start + TABLE_BLOCK).min(t.base.rows());
+        let ids: Vec<i32> = (start..end).map(i32::try_from).collect::<Result<_, _>>()?;
+        let block = t.base.gather(&ids, [ids.len(), t.base.columns()])?;
+        let mut block = if block.dtype() == dtype {
+            block
+        } else {
+            narrow(block.dtype(), block.bytes(), block.shape().clone(), dtype)?
+        };
+        for (id, row) in ids.iter().zip(block.bytes_mut().chunks_exact_mut(width.max(1))) {
+            if let Some((_, new)) = changed.next_if(|(r, _)| *r == id) {
+                row.copy_from_slice(new);
+            }
+        }
+        sink.write(block.bytes())?;
+    }
+    Ok(())
+}
+
 /// Everything that is written, laid out.
 struct Plan<'s> {
     trained: Group<'s>,
@@ -215,7 +254,9 @@ impl<'s> Plan<'s> {
         // The order of the table, so that equal snapshots give equal files.
         for spec in table {
             let name = spec.name.as_str();
-            let (dtype, bytes) = if let Some(array) = given.get(name) {
+            let (dtype, bytes) = if let Some(table) = snapshot.table.as_ref().filter(|t| t.name == name) {
+                (table.weights.dtype(), Bytes::Table(table))
+            } else if let Some(array) = given.get(name) {
                 (array.data.dtype(), Bytes::Given(&array.data))
             } else if let Some((&key, &model)) = copied.get_key_value(name) {
                 let dtype = sources.models.get(model).map(|m| m.dtype(key)).transpose();
@@ -237,6 +278,15 @@ impl<'s> Plan<'s> {
             let shape = shape.unwrap_or_else(|| a.data.shape().clone());
             moments.0.push(TensorPlan { name: a.name.clone(), dtype: a.data.dtype(), shape });
             moments.1.push(Bytes::Given(&a.data));
+        }
+        if let Some(t) = &snapshot.table {
+            let plan = |name: String, dtype, shape| TensorPlan { name, dtype, shape };
+            for (name, data) in &t.moments {
+                moments.0.push(plan(name.clone(), data.dtype(), data.shape().clone()));
+                moments.1.push(Bytes::Given(data));
+            }
+            moments.0.push(plan(format!("{ROWS}{}", t.name), DType::I32, [t.rows.len()].into()));
+            moments.1.push(Bytes::Rows(&t.rows));
         }
         let untrained = table.iter().map(|p| &p.name).filter(|n| !trained.contains(n.as_str())).cloned().collect();
         Ok(Plan {
@@ -304,6 +354,15 @@ fn check(snapshot: &Snapshot, table: &[ParamSpec]) -> Result<(), String> {
             return Err(format!("parameter {} is given twice", a.name));
         }
     }
+    let mut moments: Vec<&str> = snapshot.moments.iter().map(|a| a.name.as_str()).collect();
+    if let Some(t) = &snapshot.table {
+        let shape = shapes.get(t.name.as_str()).ok_or_else(|| format!("{} is no parameter of the model", t.name))?;
+        table_fits(t, shape)?;
+        if !given.insert(t.name.as_str()) {
+            return Err(format!("parameter {} is given twice", t.name));
+        }
+        moments.extend(t.moments.iter().map(|(n, _)| n.as_str()));
+    }
     let mut rest: BTreeSet<&str> = shapes.keys().copied().filter(|n| !given.contains(n)).collect();
     for name in &snapshot.frozen {
         if !rest.remove(name.as_str()) {
@@ -320,12 +379,32 @@ fn check(snapshot: &Snapshot, table: &[ParamSpec]) -> Result<(), String> {
     if trained.len() != state.trained.len() {
         return Err("a trained parameter is named twice".to_owned());
     }
-    let names: Vec<&str> = snapshot.moments.iter().map(|a| a.name.as_str()).collect();
-    check_moments(&state.optimizer, &trained, &names)?;
+    check_moments(&state.optimizer, &trained, &moments)?;
     for a in &snapshot.moments {
         if let Some(shape) = a.name.split_once(':').and_then(|(_, n)| shapes.get(n)) {
             array_fits(a, shape)?;
         }
+    }
+    Ok(())
+}
+
+/// Whether a table has the model's shape, and its parts as many rows as are named. The error is a clause.
+fn table_fits(t: &TableSnapshot, shape: &Shape) -> Result<(), String> {
+    let fits = shape.dims() == [t.base.rows(), t.base.columns()];
+    let part: Shape = [t.rows.len(), t.base.columns()].into();
+    let parts = std::iter::once(&t.weights).chain(t.moments.iter().map(|(_, m)| m));
+    let floats = |a: &HostArray| *a.shape() == part && matches!(a.dtype(), DType::BF16 | DType::F32);
+    if !fits || !parts.into_iter().all(floats) {
+        return Err(format!("{}: its rows do not fit {shape}", t.name));
+    }
+    check_rows(&t.rows, t.base.rows()).map_err(|reason| format!("{}: {reason}", t.name))
+}
+
+/// Whether rows are different ones of a table of `n`, in order. The error is a clause.
+pub(super) fn check_rows(rows: &[i32], n: usize) -> Result<(), String> {
+    let known = |r: &i32| usize::try_from(*r).is_ok_and(|r| r < n);
+    if rows.is_empty() || !rows.iter().all(known) || !rows.windows(2).all(|w| w[0] < w[1]) {
+        return Err(format!("its changed rows are not numbered in ascending order within {n}"));
     }
     Ok(())
 }

@@ -118,6 +118,7 @@ fn snapshot(step: u64, all: bool, trained: impl Fn(&str) -> bool) -> Snapshot {
             .collect(),
         frozen: table.iter().filter(|p| !all && !trained(&p.name)).map(|p| p.name.clone()).collect(),
         moments: [moments("mu"), moments("nu")].concat(),
+        table: None,
     }
 }
 

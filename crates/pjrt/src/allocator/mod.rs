@@ -27,7 +27,7 @@ pub fn tune_allocator() -> bool {
         // All are tried, whatever becomes of the others.
         let results = match large::activate() {
             true => [
-                set(libc::M_ARENA_MAX, 2),
+                set(libc::M_ARENA_MAX, 8),
                 set(libc::M_MMAP_THRESHOLD, 1 << 20),
                 set(libc::M_TRIM_THRESHOLD, 64 << 20),
                 set(libc::M_TOP_PAD, 4 << 20),
