@@ -66,12 +66,12 @@ struct Document {
 }
 
 pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
+    let mut windows = Windows { length: args.window, stride: args.stride.unwrap_or(args.window), bos: None };
+    windows.check().map_err(Failure::usage)?;
     let documents = documents(args)?;
     let setup = args.options.open(ui, &args.model, &args.arch)?;
     let tokenizer = setup.tokenizer()?;
-    let bos = if args.no_bos { None } else { tokenizer.bos.map(|bos| bos as i32) };
-    let windows = Windows { length: args.window, stride: args.stride.unwrap_or(args.window), bos };
-    windows.check().map_err(Failure::usage)?;
+    windows.bos = if args.no_bos { None } else { tokenizer.bos.map(|bos| bos as i32) };
     setup.check_context(args.window)?;
     let tokens = documents.iter().map(|d| tokens(args, tokenizer, d)).collect::<Result<Vec<_>, Failure>>()?;
     let total: usize = tokens.iter().map(Vec::len).sum();
@@ -85,7 +85,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     for (document, ids) in documents.iter().zip(&tokens) {
         let before = sum.tokens;
         let one = score(&session, ids, &windows, |done| bar.set_position(before + done))?;
-        let scored = scored_bytes(tokenizer, document, ids, bos)?;
+        let scored = scored_bytes(tokenizer, document, ids, windows.bos)?;
         if args.documents {
             let mut figures = figures(&one, scored);
             figures["line"] = document.line.into();

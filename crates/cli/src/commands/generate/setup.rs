@@ -86,8 +86,16 @@ fn keys(arch: &ArchArgs) -> Result<Option<Config>, Failure> {
     if arch.words.is_empty() {
         return Ok(None);
     }
-    let sources = Sources::from_args(arch.words.iter().cloned()).with_process_environment();
-    sources.resolve().map(Some).map_err(Failure::usage)
+    let resolve = |words: Vec<String>| Sources::from_args(words).with_process_environment().resolve();
+    match resolve(arch.words.clone()) {
+        // A checkpoint tells its own architecture, so that none needs to be named; the rules for keys ask for one all the same.
+        Err(_) if !arch.words.iter().any(|w| w.starts_with("model_name=")) => {
+            resolve([vec!["model_name=gemma4-e2b".to_owned()], arch.words.clone()].concat())
+        }
+        first => first,
+    }
+    .map(Some)
+    .map_err(Failure::usage)
 }
 
 impl Setup {
