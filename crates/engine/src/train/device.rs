@@ -97,7 +97,8 @@ impl<'r> Device<'r> {
         if split && plan.step.per_layer == PerLayerTable::HostTrained {
             return Err(TrainError::Key {
                 key: "per_layer_table",
-                reason: "a table trained on the host is not shared between processes; use per_layer_table=device".into(),
+                reason: "a table trained on the host is not shared between processes; use per_layer_table=device"
+                    .into(),
             });
         }
         let prepare = || -> Result<(Executable, Option<Executable>, CompileReport)> {
