@@ -95,7 +95,7 @@ pub(crate) enum Weight {
     },
 }
 
-/// Name of the function that multiplies by [`Weight::Called`]: operands `session` (i64 `[1]`) and `x` `[m, k]`, attributes
+/// Name of the function that multiplies by matrices outside of a program: operands `session` (i64 `[1]`) and `x` `[m, k]`, attributes
 /// `w0`, `w1`, ... for each result `[m, rows]`.
 pub const PRODUCTS: &str = "lapidary.products";
 

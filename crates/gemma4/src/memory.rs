@@ -2,7 +2,7 @@
 //!
 //! What a program takes and gives ([`Memory::arguments`]) is exact. What it needs meanwhile ([`Memory::temporaries`]) follows
 //! from what the gradient keeps and from the largest working set: of a layer, of the head's blocks, of the update. Compilers
-//! reuse memory and pad shapes in ways of their own; the counts of simultaneous values in [`working`] were set by looking at
+//! reuse memory and pad shapes in ways of their own; the counts of simultaneous values in `working` were set by looking at
 //! compiled programs (`lapidary compile`), and `docs/guide/plan.md` tells how far off the sums are.
 
 use tensor::{DType, Shape};

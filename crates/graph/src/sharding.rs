@@ -200,7 +200,7 @@ mod tests {
         let shape = Shape::from([4, 12]);
         let s = Sharding::new(&[&["tensor"], &["fsdp", "data"]]);
         assert_eq!(s.shard_bounds(&mesh, &shape, 7).unwrap(), [2..4, 2..4]);
-        let mut count = vec![0; 48];
+        let mut count = [0; 48];
         for device in 0..12 {
             let b = s.shard_bounds(&mesh, &shape, device).unwrap();
             for r in b[0].clone() {

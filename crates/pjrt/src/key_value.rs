@@ -91,6 +91,7 @@ unsafe fn failure(make: *mut sys::PJRT_CallbackError, error: &KeyValueError) -> 
     };
     // SAFETY: the caller's promise; the message outlives the call, which copies it.
     match unsafe { make.as_ref() } {
+        // SAFETY: as above.
         Some(Some(make)) => unsafe { make(code, message.as_ptr().cast(), message.len()) },
         _ => std::ptr::null_mut(),
     }

@@ -69,7 +69,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     let best = all.first().filter(|c| fits(c));
     if args.json {
         let list: Vec<Value> = all.iter().map(|c| entry(c, fits(c))).collect();
-        let recommended = best.map(|c| keys(c));
+        let recommended = best.map(keys);
         ui.json(&json!({ "devices": devices, "memory": limit, "recommended": recommended, "meshes": list }))?;
         return Ok(if best.is_some() { Outcome::Yes } else { Outcome::No });
     }

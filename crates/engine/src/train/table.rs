@@ -71,7 +71,7 @@ impl HostTable {
     }
 
     /// Rows from the base, in the dtype of the weights.
-    fn from_base(&self, rows: &[i32]) -> Result<HostArray> {
+    fn base_rows(&self, rows: &[i32]) -> Result<HostArray> {
         convert(self.base.gather(rows, [rows.len(), self.columns()])?, self.parts[0])
     }
 
@@ -80,7 +80,7 @@ impl HostTable {
         let mut out = HostArray::zeros(self.parts[0], [ids.len(), self.columns()])?;
         let width = self.columns() * self.parts[0].size();
         let fresh: Vec<i32> = ids.iter().copied().filter(|id| !self.touched.contains_key(id)).collect();
-        let found = self.from_base(&fresh)?;
+        let found = self.base_rows(&fresh)?;
         let mut found = found.bytes().chunks_exact(width.max(1));
         for (id, to) in ids.iter().zip(out.bytes_mut().chunks_exact_mut(width.max(1))) {
             let row = self.touched.get(id).map(|r| &r[..width]).or_else(|| found.next());

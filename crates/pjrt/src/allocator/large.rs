@@ -1,7 +1,7 @@
 //! Large blocks of the C allocator, from pools of their own.
 //!
 //! [`export_allocator!`](crate::export_allocator) defines the C allocator's entry points in a program; the plugin, which is a
-//! shared library, then calls these too. Until [`activate`] succeeds, and for small blocks always, they hand on to glibc.
+//! shared library, then calls these too. Until `activate` succeeds, and for small blocks always, they hand on to glibc.
 
 use std::ffi::{c_int, c_void};
 use std::ptr;

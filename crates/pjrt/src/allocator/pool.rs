@@ -214,7 +214,7 @@ mod tests {
         p.free(a).unwrap();
         // Another size: the first block's pages make room.
         let b = take(&mut p, 60 * MB);
-        assert_eq!(b.release, [a..a + 100 * MB]);
+        assert_eq!(b.release, vec![a..a + 100 * MB]);
         assert!(b.zero);
         // A steady state releases nothing.
         p.free(b.address).unwrap();
@@ -223,7 +223,7 @@ mod tests {
             assert!(again.release.is_empty() && !again.zero);
             assert_eq!(p.free(again.address), Ok(vec![]));
         }
-        assert_eq!(p.release_all(), [b.address..b.address + 60 * MB]);
+        assert_eq!(p.release_all(), vec![b.address..b.address + 60 * MB]);
     }
 
     #[test]
