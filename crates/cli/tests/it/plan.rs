@@ -16,8 +16,15 @@ const SMALL: &[&str] = &[
 
 #[test]
 fn a_mesh_is_recommended_without_a_device() {
-    let words =
-        ["plan", "--topology", "v5e:4x4", "model_name=gemma4-e2b", "max_target_length=8192", "remat_policy=full"];
+    let words = [
+        "plan",
+        "--topology",
+        "v5e:4x4",
+        "model_name=gemma4-e2b",
+        "max_target_length=8192",
+        "per_device_batch_size=1",
+        "remat_policy=full",
+    ];
     let text = lapidary(&words).exits(0);
     assert!(text.stdout.starts_with("mesh ") && text.stderr.contains("recommended: ici_"), "{text:#?}");
     let json = lapidary(&[&words[..], &["--json"]].concat()).exits(0).json();
@@ -40,7 +47,7 @@ fn mistakes_are_usage() {
     for (words, part) in [
         (&["plan", "--topology", "abacus:4"][..], "unknown device"),
         (&["plan", "--devices", "0"], "from 1 to"),
-        (&["plan", "--devices", "2", "--memory", "-1"], "positive number"),
+        (&["plan", "--devices", "2", "--memory=-1"], "positive number"),
         (&["plan"], "--topology"),
         (&["compile", "--topology", "v5e:4"], "such as 4x4"),
         (&["compile", "--topology", "cpu:2", "ici_tensor_parallelism=4"], "there are 2"),
