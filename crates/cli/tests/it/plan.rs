@@ -48,7 +48,7 @@ fn mistakes_are_usage() {
         (&["plan", "--topology", "abacus:4"][..], "unknown device"),
         (&["plan", "--devices", "0"], "from 1 to"),
         (&["plan", "--devices", "2", "--memory=-1"], "positive number"),
-        (&["plan"], "--topology"),
+        (&["plan"], "--devices"),
         (&["compile", "--topology", "v5e:4"], "such as 4x4"),
         (&["compile", "--topology", "cpu:2", "ici_tensor_parallelism=4"], "there are 2"),
     ] {
