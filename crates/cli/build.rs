@@ -2,20 +2,9 @@
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    let target = |key: &str| std::env::var(key).unwrap_or_default();
-    if target("CARGO_CFG_TARGET_OS") == "linux" && target("CARGO_CFG_TARGET_ENV") == "gnu" {
-        for name in [
-            "malloc",
-            "calloc",
-            "realloc",
-            "reallocarray",
-            "memalign",
-            "aligned_alloc",
-            "posix_memalign",
-            "malloc_usable_size",
-            "free",
-        ] {
-            println!("cargo::rustc-link-arg-bins=-Wl,--export-dynamic-symbol={name}");
-        }
+    // From the build script of `pjrt`; nothing on systems without the macro's entry points.
+    let exported = std::env::var("DEP_LAPIDARY_ALLOCATOR_EXPORTED").unwrap_or_default();
+    for name in exported.split(',').filter(|name| !name.is_empty()) {
+        println!("cargo::rustc-link-arg-bins=-Wl,--export-dynamic-symbol={name}");
     }
 }

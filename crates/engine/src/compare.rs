@@ -51,8 +51,12 @@ impl TokenDistance {
     }
 }
 
-fn log_sum_exp(x: &[f32]) -> f64 {
+/// ln of the sum of exponentials.
+pub(crate) fn log_sum_exp(x: &[f32]) -> f64 {
     let max = f64::from(x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    if !max.is_finite() {
+        return max;
+    }
     max + x.iter().map(|&v| (f64::from(v) - max).exp()).sum::<f64>().ln()
 }
 

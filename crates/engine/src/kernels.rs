@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use ::kernels::{Matrix, Out, Pool, Rows};
-use graph::{Graph, GraphError, TensorType, Value};
+use gemma4::called::PRODUCTS;
+pub use gemma4::called::products;
 use half::bf16;
 use pjrt::ffi::{Attribute, Call, Handler};
 use pjrt::{Client, PjrtError};
@@ -112,33 +113,11 @@ impl Drop for Session {
     }
 }
 
-/// `x · wᵀ` for matrices of a session that share their `x`: one result `[m, n]` for each `(number, n, dtype)`.
-///
-/// `session` is `i64[1]` with the session's number, `x` is `[m, k]` of f32 or bf16, as are the results. Numbers and sizes
-/// are checked against the session when the program runs.
-///
-/// # Errors
-/// When `x` is not a matrix.
-#[track_caller]
-pub fn products(
-    graph: &Graph,
-    session: Value,
-    x: Value,
-    wanted: &[(usize, usize, DType)],
-) -> Result<Vec<Value>, GraphError> {
-    let m = graph.shape(x).dims().first().copied().unwrap_or(1);
-    let results: Vec<TensorType> = wanted.iter().map(|&(_, n, dtype)| TensorType::new(dtype, [m, n])).collect();
-    let names: Vec<String> = (0..wanted.len()).map(|i| format!("w{i}")).collect();
-    let attributes: Vec<(&str, i64)> =
-        names.iter().zip(wanted).map(|(name, &(number, ..))| (name.as_str(), number as i64)).collect();
-    graph.custom_call(Products::NAME, &[session, x], &results, &attributes)
-}
-
 /// What programs call.
 struct Products;
 
 impl Handler for Products {
-    const NAME: &'static str = "lapidary.products";
+    const NAME: &'static str = PRODUCTS;
 
     fn call(call: &mut Call<'_>) -> Result<(), String> {
         let [session, x] = call.inputs[..] else {

@@ -7,6 +7,7 @@
 use gemma4::decoder::Trace;
 use rayon::prelude::*;
 
+use crate::compare::log_sum_exp;
 use crate::{Batch, EngineError, Result, Session};
 
 /// Shortest program; longer ones double up to the window.
@@ -144,16 +145,6 @@ pub fn score(session: &Session<'_>, ids: &[i32], windows: &Windows, mut progress
         })?;
     }
     Ok(total)
-}
-
-/// ln of the sum of exponentials.
-pub(crate) fn log_sum_exp(values: &[f32]) -> f64 {
-    let top = values.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    if !top.is_finite() {
-        return f64::from(top);
-    }
-    let sum: f64 = values.iter().map(|&v| f64::from((v - top).exp())).sum();
-    f64::from(top) + sum.ln()
 }
 
 #[cfg(test)]

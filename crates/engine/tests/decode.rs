@@ -5,48 +5,28 @@
 // The helpers of a test may unwrap as the test itself does; what was compared is worth seeing with --nocapture.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
-use std::path::{Path, PathBuf};
+#[path = "common/golden.rs"]
+mod golden;
+
+use std::path::Path;
 use std::sync::Arc;
 
 use checkpoint::safetensors::SafetensorsFile;
+use golden::{cases, read};
 use lapidary_engine::decode::{DecodeOptions, Decoder, Products};
 use lapidary_engine::generate::{LanguageModel, Uncached};
 use lapidary_engine::{Model, Runtime, RuntimeOptions, Session};
-use tensor::{DType, HostArray};
+use tensor::DType;
 
 /// Largest difference of logits that is put down to rounding in f32.
 const TOLERANCE: f32 = 2e-4;
 
-fn cases() -> Vec<PathBuf> {
-    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden");
-    let mut roots = vec![own];
-    if let Some(dir) = std::env::var_os("LAPIDARY_GOLDEN_DIR") {
-        let dir = PathBuf::from(dir);
-        assert!(dir.is_dir(), "LAPIDARY_GOLDEN_DIR is not a directory");
-        roots.push(dir);
-    }
-    let mut cases: Vec<PathBuf> = roots
-        .iter()
-        .flat_map(|r| std::fs::read_dir(r).unwrap().map(|e| e.unwrap().path()))
-        .filter(|p| p.join("golden.safetensors").is_file())
-        .collect();
-    cases.sort();
-    cases
-}
-
 fn open(case: &Path) -> Arc<Model> {
-    let dir = if case.join("model").is_dir() { case.join("model") } else { case.to_owned() };
-    Arc::new(Model::open(&dir).unwrap())
+    Arc::new(golden::open(case))
 }
 
 fn runtime() -> Runtime {
     Runtime::start(&RuntimeOptions::default()).unwrap()
-}
-
-fn read(file: &SafetensorsFile, name: &str) -> Option<(Vec<usize>, Vec<f64>)> {
-    let view = file.tensor(name)?;
-    let host = HostArray::from_bytes(view.dtype, view.shape.clone(), &view.bytes).unwrap();
-    Some((view.shape.dims().to_vec(), host.to_f64()))
 }
 
 fn argmax(row: &[f32]) -> i32 {

@@ -5,41 +5,21 @@
 // The helpers of a test may unwrap as the test itself does; what was compared is worth seeing with --nocapture.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
-use std::path::{Path, PathBuf};
+#[path = "common/golden.rs"]
+mod golden;
+
+use std::path::Path;
 
 use checkpoint::safetensors::SafetensorsFile;
 use gemma4::decoder::LayerRemat;
 use gemma4::layout::{Layout, Slot};
 use gemma4::loss::{HeadGradient, LossOptions};
+use golden::{cases, open, read};
 use lapidary_engine::train::optimizer::{Rule, Update};
 use lapidary_engine::train::step::{PerLayerTable, Role, StepOptions, StepSums, gradient_program, names};
 use lapidary_engine::{Model, Runtime, RuntimeOptions};
 use pjrt::{Buffer, CompileOptions};
 use tensor::{DType, HostArray};
-
-fn cases() -> Vec<PathBuf> {
-    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden");
-    let mut roots = vec![own];
-    if let Some(dir) = std::env::var_os("LAPIDARY_GOLDEN_DIR") {
-        let dir = PathBuf::from(dir);
-        assert!(dir.is_dir(), "LAPIDARY_GOLDEN_DIR is not a directory");
-        roots.push(dir);
-    }
-    let mut cases: Vec<PathBuf> = roots
-        .iter()
-        .flat_map(|r| std::fs::read_dir(r).unwrap().map(|e| e.unwrap().path()))
-        .filter(|p| p.join("golden.safetensors").is_file())
-        .collect();
-    cases.sort();
-    cases
-}
-
-/// A tensor of a golden file, widened.
-fn read(file: &SafetensorsFile, name: &str) -> Option<(Vec<usize>, Vec<f64>)> {
-    let view = file.tensor(name)?;
-    let host = HostArray::from_bytes(view.dtype, view.shape.clone(), &view.bytes).unwrap();
-    Some((view.shape.dims().to_vec(), host.to_f64()))
-}
 
 struct Case {
     model: Model,
@@ -52,7 +32,6 @@ struct Case {
 
 impl Case {
     fn open(path: &Path) -> Self {
-        let dir = if path.join("model").is_dir() { path.join("model") } else { path.to_owned() };
         let file = SafetensorsFile::open(&path.join("golden.safetensors")).unwrap();
         let ints = |name: &str| read(&file, name).map(|(s, v)| (s, v.iter().map(|&x| x as i32).collect::<Vec<_>>()));
         let (shape, ids) = ints("input_ids").unwrap();
@@ -69,7 +48,7 @@ impl Case {
         }
         let positions = (0..rows * seq).map(|i| (i % seq) as i32).collect();
         let batch = vec![ids, positions, targets, target_segments, mask];
-        Case { model: Model::open(&dir).unwrap(), file, rows, seq, batch }
+        Case { model: open(path), file, rows, seq, batch }
     }
 
     fn parameter(&self, slot: &Slot, dtype: DType) -> HostArray {

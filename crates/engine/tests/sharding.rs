@@ -5,13 +5,16 @@
 // The helpers of a test may unwrap as the test itself does; what was compared is worth seeing with --nocapture.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+#[path = "common/values.rs"]
+mod values;
+
 use std::collections::HashMap;
 use std::sync::OnceLock;
 
 use config::Sources;
 use gemma4::Arch;
 use gemma4::decoder::LayerRemat;
-use gemma4::layout::{Layout, Slot};
+use gemma4::layout::Layout;
 use gemma4::loss::{HeadGradient, LossOptions};
 use gemma4::partition::{Partition, Rules};
 use graph::{Mesh, Program, Sharding};
@@ -22,7 +25,8 @@ use lapidary_engine::train::step::{
 };
 use lapidary_engine::{Runtime, RuntimeOptions};
 use pjrt::{CompileOptions, Executable};
-use tensor::{DType, HostArray, ParamSpec};
+use tensor::{DType, HostArray};
+use values::{slot_values, uniform};
 
 /// Twelve layers, sliding twice and full once by turns: two repetitions that own keys and values, two that borrow them.
 /// Four query heads share one key/value head.
@@ -99,33 +103,6 @@ fn execute(program: &Program, executable: &Executable, inputs: &Arrays) -> Array
             (spec.name.clone(), all.to_host(&mesh).unwrap())
         })
         .collect()
-}
-
-/// Between -1 and 1, the same on every machine.
-fn uniform(seed: &str, n: usize) -> Vec<f64> {
-    let mut state =
-        seed.bytes().fold(0xCBF2_9CE4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01B3));
-    let mut next = || {
-        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 52) as f64 - 1.0
-    };
-    (0..n).map(|_| next()).collect()
-}
-
-fn values(p: &ParamSpec) -> Vec<f64> {
-    let (mean, spread) = match p.shape.rank() {
-        1 if p.name.contains("post_") => (0.15, 0.05),
-        1 => (0.9, 0.4),
-        _ => (0.0, 1.7 / (*p.shape.dims().last().unwrap() as f64).sqrt()),
-    };
-    uniform(&p.name, p.shape.elements()).iter().map(|u| f64::from((mean + spread * u) as f32)).collect()
-}
-
-fn slot_values(slot: &Slot) -> Vec<f64> {
-    slot.members.iter().flat_map(values).collect()
 }
 
 fn batch(seed: usize, accumulation: usize) -> Arrays {

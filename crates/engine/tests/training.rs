@@ -5,6 +5,9 @@
 // The helpers of a test may unwrap as the test itself does.
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+#[path = "common/values.rs"]
+mod values;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::OnceLock;
 
@@ -23,7 +26,8 @@ use lapidary_engine::train::step::{
 };
 use lapidary_engine::{Runtime, RuntimeOptions};
 use pjrt::{Buffer, CompileOptions, Executable};
-use tensor::{DType, HostArray, ParamSpec};
+use tensor::{DType, HostArray};
+use values::{slot_values, uniform, values};
 
 /// Twelve layers, sliding twice and full once by turns: two repetitions that own keys and values, two that borrow them.
 const WORDS: &[&str] = &[
@@ -83,40 +87,9 @@ fn execute(program: &Program, executable: &Executable, inputs: &Arrays) -> Array
     program.outputs.iter().zip(out).map(|(spec, b)| (spec.name.clone(), b.to_host().unwrap())).collect()
 }
 
-/// Between -1 and 1, the same on every machine.
-fn uniform(seed: &str, n: usize) -> Vec<f64> {
-    let mut state =
-        seed.bytes().fold(0xCBF2_9CE4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01B3));
-    let mut next = || {
-        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 52) as f64 - 1.0
-    };
-    (0..n).map(|_| next()).collect()
-}
-
-/// Values of a parameter, each an f32.
-fn values(p: &ParamSpec) -> Vec<f64> {
-    let dims = p.shape.dims();
-    let (mean, spread) = match dims.len() {
-        // Small: the network is calm, and differences of its loss are smooth.
-        1 if p.name.contains("post_") => (0.15, 0.05),
-        1 => (0.9, 0.4),
-        _ => (0.0, 1.7 / (*dims.last().unwrap() as f64).sqrt()),
-    };
-    uniform(&p.name, p.shape.elements()).iter().map(|u| f64::from((mean + spread * u) as f32)).collect()
-}
-
 /// The slots' arrays.
 fn parameters<'a>(slots: impl Iterator<Item = &'a Slot>, dtype: DType) -> Arrays {
-    slots
-        .map(|s| {
-            let all: Vec<f64> = s.members.iter().flat_map(values).collect();
-            (s.name.clone(), HostArray::from_f64(dtype, s.shape.clone(), &all).unwrap())
-        })
-        .collect()
+    slots.map(|s| (s.name.clone(), HostArray::from_f64(dtype, s.shape.clone(), &slot_values(s)).unwrap())).collect()
 }
 
 #[derive(Clone)]

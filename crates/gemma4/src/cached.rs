@@ -18,7 +18,7 @@ use crate::attention::{KeyPositions, KeyValues};
 use crate::decoder::{LOGITS, soft_cap};
 use crate::layer::{LayerContext, LayerInput, LayerWeights, Weight, layer, own, products};
 use crate::layout::role;
-use crate::nn::{Angles, Result, per_layer_inputs, rms_norm};
+use crate::nn::{Angles, Result, of_layer, per_layer_inputs, rms_norm, scale_embedding};
 use crate::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, param_table};
 use crate::{Arch, Layer};
 
@@ -98,7 +98,11 @@ pub fn cache_arrays(arch: &Arch, batch: usize, capacity: usize, ring: usize) -> 
 /// The matrices that a program may leave outside, in the order of the numbers it calls them by.
 #[must_use]
 pub fn called_matrices(arch: &Arch) -> Vec<ParamSpec> {
-    param_table(arch).into_iter().filter(|p| p.shape.rank() == 2 && p.name != EMBED_TOKENS_PER_LAYER).collect()
+    param_table(arch).into_iter().filter(is_called).collect()
+}
+
+fn is_called(p: &ParamSpec) -> bool {
+    p.shape.rank() == 2 && p.name != EMBED_TOKENS_PER_LAYER
 }
 
 /// Builds the program that feeds a chunk.
@@ -154,6 +158,7 @@ pub fn cached_program(
 
 /// Parameters, as values or by number.
 struct Params {
+    table: Vec<ParamSpec>,
     session: Option<Value>,
     /// Parameters that are values; a matrix that is called everywhere is none.
     values: HashMap<String, Value>,
@@ -169,16 +174,18 @@ impl Params {
         session: Option<Value>,
         stored: &dyn Fn(&str) -> DType,
     ) -> Result<Self> {
+        let table = param_table(arch);
+        let matrices = table.iter().filter(|p| is_called(p)).enumerate();
         let called: HashMap<String, (usize, usize)> =
-            called_matrices(arch).into_iter().enumerate().map(|(i, p)| (p.name, (i, p.shape.dims()[0]))).collect();
+            matrices.map(|(i, p)| (p.name.clone(), (i, p.shape.dims()[0]))).collect();
         let mut values = HashMap::new();
-        for p in param_table(arch) {
-            let Some(rows) = used_rows(arch, options, &p) else { continue };
+        for p in &table {
+            let Some(rows) = used_rows(arch, options, p) else { continue };
             if !called.contains_key(&p.name) || rows.iter().any(|&r| r > options.called_rows) {
-                values.insert(p.name.clone(), g.input(&p.name, stored(&p.name), p.shape)?);
+                values.insert(p.name.clone(), g.input(&p.name, stored(&p.name), p.shape.clone())?);
             }
         }
-        Ok(Params { session, values, called })
+        Ok(Params { table, session, values, called })
     }
 
     /// The parameter for products with `m` rows of activations, if the program has a use for it.
@@ -258,8 +265,7 @@ impl Feed<'_> {
     fn run(&self, rows: Value, ple_rows: Option<Value>) -> Result<(Vec<Value>, Option<Value>)> {
         let (g, spec, options) = (self.g, self.arch.spec(), self.options);
         let (b, t) = (options.batch, options.chunk);
-        // As in the whole forward pass, see `Decoder::run`.
-        let embed = g.mul_scalar(g.convert(rows, options.dtype)?, f64::from((spec.hidden_size as f32).sqrt()))?;
+        let embed = scale_embedding(g, g.convert(rows, options.dtype)?, spec)?;
         let ple = match (self.arch.per_layer_input(), ple_rows) {
             (Some(p), Some(rows)) => {
                 let projection = self.params.weight("per_layer_model_projection.weight", b * t, options.called_rows);
@@ -277,7 +283,7 @@ impl Feed<'_> {
         let owner = last_owner(self.arch);
         for (index, l) in self.arch.layers().iter().enumerate() {
             let _scope = g.scope(&format!("layers.{index}"));
-            let mut cx = self.context(index);
+            let mut cx = LayerContext::new(self.arch, index, options.dtype, None);
             let donor = match l.kv {
                 KvSource::Own => {
                     let w = self.weights(index, b * t);
@@ -298,10 +304,7 @@ impl Feed<'_> {
             }
             cx.layer.kv = KvSource::Shared { donor };
             let (borrowed, keys) = seen[&donor];
-            let ple = stream.ple.map(|ple| {
-                let d = g.dims(ple);
-                g.reshape(g.slice_dim(ple, 2, index, index + 1)?, [d[0], d[1], d[3]])
-            });
+            let ple = stream.ple.map(|ple| of_layer(g, ple, index));
             let input = LayerInput {
                 x: stream.x,
                 ple: ple.transpose()?,
@@ -321,23 +324,9 @@ impl Feed<'_> {
         Ok((written, Some(g.convert(z, DType::F32)?)))
     }
 
-    fn context(&self, index: usize) -> LayerContext<'_> {
-        let spec = self.arch.spec();
-        LayerContext {
-            layer: self.arch.layers()[index],
-            heads: spec.num_heads,
-            window: spec.sliding_window,
-            eps: spec.rms_norm_eps,
-            dtype: self.options.dtype,
-            partition: None,
-        }
-    }
-
     /// The parameters of a layer for products with `m` rows of activations.
     fn weights(&self, index: usize, m: usize) -> LayerWeights {
-        let table = param_table(self.arch);
-        let of_layer = table.iter().filter(|p| p.layer == Some(index));
-        let named = of_layer.filter_map(|p| {
+        let named = self.params.table.iter().filter(|p| p.layer == Some(index)).filter_map(|p| {
             let weight = self.params.find(&p.name, m, self.options.called_rows)?;
             Some((role(p)?.to_owned(), weight))
         });

@@ -12,7 +12,7 @@ use crate::arch::{KvSource, LayerKind, PerKind};
 use crate::attention::KeyValues;
 use crate::layer::{LayerContext, LayerInput, LayerOutputs, LayerWeights, layer};
 use crate::layout::{Layout, Run, Slot, role};
-use crate::nn::{Angles, Result, per_layer_inputs, project, rms_norm, scale_f32, wide};
+use crate::nn::{Angles, Result, of_layer, per_layer_inputs, project, rms_norm, scale_embedding, scale_f32, wide};
 use crate::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, param_table};
 use crate::partition::{Spread, constrain, gather, names as axis};
 use crate::{Arch, PerLayerInput};
@@ -290,9 +290,7 @@ impl Decoder<'_> {
             let rows_btd = lookup(g, self.layout, EMBED_TOKENS, self.weights.stored(EMBED_TOKENS), tokens.ids)?;
             let rows_btd = g.convert(rows_btd, self.dtype)?;
             let rows_btd = self.constrain(rows_btd, &[axis::BATCH, axis::NORM_LENGTH, axis::EMBED])?;
-            // sqrt(hidden) is rounded to the activation dtype before the product: 39.25 for E2B in bf16.
-            // The reference's f32 model has the f32 root, also where the arithmetic is f64.
-            g.mul_scalar(rows_btd, f64::from((spec.hidden_size as f32).sqrt()))?
+            scale_embedding(g, rows_btd, spec)?
         };
         let ple = match (self.arch.per_layer_input(), tokens.rows) {
             (Some(p), Some(rows)) => Some(self.per_layer_inputs(p, embed, rows)?),
@@ -341,15 +339,7 @@ impl Decoder<'_> {
     }
 
     fn context(&self, index: usize) -> LayerContext<'_> {
-        let spec = self.arch.spec();
-        LayerContext {
-            layer: self.arch.layers()[index],
-            heads: spec.num_heads,
-            window: spec.sliding_window,
-            eps: spec.rms_norm_eps,
-            dtype: self.dtype,
-            partition: self.layout.partition(),
-        }
+        LayerContext::new(self.arch, index, self.dtype, self.layout.partition())
     }
 
     /// The slots of the layer at `index`, with their parameters' names without `layers.N.`.
@@ -370,10 +360,7 @@ impl Decoder<'_> {
         let g = self.g;
         let _scope = g.scope(&format!("layers.{index}"));
         let cx = self.context(index);
-        let ple = state.ple.map(|ple| {
-            let d = g.dims(ple);
-            g.reshape(g.slice_dim(ple, 2, index, index + 1)?, [d[0], d[1], d[3]])
-        });
+        let ple = state.ple.map(|ple| of_layer(g, ple, index));
         let borrowed = match cx.layer.kv {
             KvSource::Shared { donor } => Some(state.key_values[&donor]),
             KvSource::Own => None,

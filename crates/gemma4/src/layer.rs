@@ -1,11 +1,12 @@
 //! One decoder layer as a function of explicit inputs, so that it can stand alone, be computed again for a gradient, or be
 //! the body of a loop.
 
-use graph::{Graph, TensorType, Value};
+use graph::{Graph, Value};
 use tensor::DType;
 
-use crate::arch::{KvSource, Layer};
+use crate::arch::{Arch, KvSource, Layer};
 use crate::attention::{AttentionTrace, KeyPositions, KeyValues, Sequence, attend, own_key_values};
+use crate::called;
 use crate::nn::{Angles, Result, gated_gelu, project, rms_norm};
 use crate::partition::{Partition, Spread, constrain, gather, names as axis};
 
@@ -40,6 +41,21 @@ pub(crate) struct LayerContext<'a> {
     pub(crate) eps: f64,
     pub(crate) dtype: DType,
     pub(crate) partition: Option<&'a Partition>,
+}
+
+impl<'a> LayerContext<'a> {
+    /// The layer at `index`.
+    pub(crate) fn new(arch: &Arch, index: usize, dtype: DType, partition: Option<&'a Partition>) -> Self {
+        let spec = arch.spec();
+        LayerContext {
+            layer: arch.layers()[index],
+            heads: spec.num_heads,
+            window: spec.sliding_window,
+            eps: spec.rms_norm_eps,
+            dtype,
+            partition,
+        }
+    }
 }
 
 /// What a layer reads besides its weights.
@@ -94,10 +110,6 @@ pub(crate) enum Weight {
         rows: usize,
     },
 }
-
-/// Name of the function that multiplies by matrices outside of a program: operands `session` (i64 `[1]`) and `x` `[m, k]`, attributes
-/// `w0`, `w1`, ... for each result `[m, rows]`.
-pub const PRODUCTS: &str = "lapidary.products";
 
 /// Parameters of one layer by their name without `layers.N.`.
 #[derive(Debug, Clone)]
@@ -191,20 +203,19 @@ pub(crate) fn products<const N: usize>(
     let dims = g.dims(x);
     let (&k, outer) = dims.split_last().unwrap_or((&1, &[]));
     let m = outer.iter().product();
-    let mut called: Vec<(usize, usize, usize)> = Vec::new();
+    let (mut places, mut wanted) = (Vec::new(), Vec::new());
     for (i, w) in weights.into_iter().enumerate() {
         match w {
             Weight::Value(w) => out[i] = project(g, x, g.convert(w, dtype)?, dtype)?,
-            Weight::Called { index, rows } => called.push((i, index, rows)),
+            Weight::Called { index, rows } => {
+                places.push(i);
+                wanted.push((index, rows, dtype));
+            }
         }
     }
-    if let (Some(session), false) = (session, called.is_empty()) {
-        let results: Vec<TensorType> = called.iter().map(|&(_, _, n)| TensorType::new(dtype, [m, n])).collect();
-        let names: Vec<String> = (0..called.len()).map(|i| format!("w{i}")).collect();
-        let attributes: Vec<(&str, i64)> =
-            names.iter().zip(&called).map(|(name, &(_, index, _))| (name.as_str(), index as i64)).collect();
+    if let (Some(session), false) = (session, wanted.is_empty()) {
         let flat = g.reshape(x, [m, k])?;
-        for (&(i, _, n), y) in called.iter().zip(g.custom_call(PRODUCTS, &[session, flat], &results, &attributes)?) {
+        for ((i, &(_, n, _)), y) in places.into_iter().zip(&wanted).zip(called::products(g, session, flat, &wanted)?) {
             out[i] = g.reshape(y, [outer, &[n]].concat())?;
         }
     }

@@ -17,6 +17,7 @@
 pub mod arch;
 mod attention;
 pub mod cached;
+pub mod called;
 pub mod decoder;
 pub mod flops;
 mod from_config;

@@ -93,6 +93,20 @@ pub(crate) fn scale_f32(g: &Graph, x: Value, s: f64) -> Result<Value> {
     g.convert(g.mul_scalar(g.convert(x, wide(dtype))?, s)?, dtype)
 }
 
+/// Rows of the token table `[b, t, d]`, in the activation dtype, to what enters the first layer.
+///
+/// sqrt(hidden) is rounded to the activation dtype before the product: 39.25 for E2B in bf16. The reference's f32 model has
+/// the f32 root, also where the arithmetic is f64.
+pub(crate) fn scale_embedding(g: &Graph, rows: Value, spec: &ArchSpec) -> Result<Value> {
+    g.mul_scalar(rows, f64::from((spec.hidden_size as f32).sqrt()))
+}
+
+/// The slice `[b, t, p]` of [`per_layer_inputs`] for the layer at `index`.
+pub(crate) fn of_layer(g: &Graph, ple: Value, index: usize) -> Result<Value> {
+    let d = g.dims(ple);
+    g.reshape(g.slice_dim(ple, 2, index, index + 1)?, [d[0], d[1], d[3]])
+}
+
 /// `[b, t, l, p]`: what every layer gets to know of a token, from its rows of the per-layer table `[b, t, l * p]` and the
 /// projection `[b, t, l * p]` of its scaled embedding.
 pub(crate) fn per_layer_inputs(

@@ -119,20 +119,29 @@ unsafe extern "C" fn free(value: *mut c_char) {
     unsafe { libc::free(value.cast()) };
 }
 
+/// Hands out what the store found, in the plugin's own fields.
+fn give(
+    found: Result<Vec<u8>, KeyValueError>,
+    value: &mut *mut c_char,
+    size: &mut usize,
+    deleter: &mut Option<unsafe extern "C" fn(*mut c_char)>,
+) -> Result<(), KeyValueError> {
+    let found = found?;
+    *value = allocate(&found)?;
+    *size = found.len();
+    *deleter = Some(free);
+    Ok(())
+}
+
 unsafe extern "C" fn get(args: *mut sys::PJRT_KeyValueGetCallback_Args) -> *mut sys::PJRT_Error {
     // SAFETY: the plugin passes valid arguments with our own user argument.
     let (args, store) = unsafe { (&mut *args, store((*args).user_arg)) };
     // SAFETY: the key is valid for the call.
     let key = unsafe { slice(args.key.cast::<u8>(), args.key_size) };
     let timeout = Duration::from_millis(u64::try_from(args.timeout_in_ms).unwrap_or(0));
-    let found = guarded(|| store.get(key, timeout)).and_then(|v| Ok((allocate(&v)?, v.len())));
-    match found {
-        Ok((value, size)) => {
-            args.value = value;
-            args.value_size = size;
-            args.value_deleter_callback = Some(free);
-            std::ptr::null_mut()
-        }
+    let found = guarded(|| store.get(key, timeout));
+    match give(found, &mut args.value, &mut args.value_size, &mut args.value_deleter_callback) {
+        Ok(()) => std::ptr::null_mut(),
         // SAFETY: the function is the plugin's.
         Err(e) => unsafe { failure(args.callback_error, &e) },
     }
@@ -143,13 +152,9 @@ unsafe extern "C" fn try_get(args: *mut sys::PJRT_KeyValueTryGetCallback_Args) -
     let (args, store) = unsafe { (&mut *args, store((*args).user_arg)) };
     // SAFETY: the key is valid for the call.
     let key = unsafe { slice(args.key.cast::<u8>(), args.key_size) };
-    match guarded(|| store.try_get(key)).and_then(|v| Ok((allocate(&v)?, v.len()))) {
-        Ok((value, size)) => {
-            args.value = value;
-            args.value_size = size;
-            args.value_deleter_callback = Some(free);
-            std::ptr::null_mut()
-        }
+    let found = guarded(|| store.try_get(key));
+    match give(found, &mut args.value, &mut args.value_size, &mut args.value_deleter_callback) {
+        Ok(()) => std::ptr::null_mut(),
         // SAFETY: the function is the plugin's.
         Err(e) => unsafe { failure(args.callback_error, &e) },
     }

@@ -4,6 +4,7 @@
 //! other value is refused with the group's reason. Some groups change nothing whatever their value is; those are
 //! accepted and leave a note.
 
+use super::MESH_AXES;
 use crate::value::Literal::{self, Bool, Float, Int, List, Null, Text};
 
 /// Keys that are not supported for one and the same reason.
@@ -524,23 +525,7 @@ pub const GROUPS: &[Group] = &[
             ("internal_compile", Some(Bool(false))),
             ("internal_compile_num_devices", Some(Int(-1))),
             ("custom_mesh_and_rule", Some(Text(""))),
-            (
-                "mesh_axes",
-                Some(List(&[
-                    "diloco",
-                    "data",
-                    "stage",
-                    "fsdp",
-                    "fsdp_transpose",
-                    "context",
-                    "context_usp_ulysses",
-                    "context_autoregressive",
-                    "tensor",
-                    "tensor_sequence",
-                    "expert",
-                    "autoregressive",
-                ])),
-            ),
+            ("mesh_axes", Some(List(MESH_AXES))),
             ("data_sharding", None),
             (
                 "input_data_sharding_logical_axes",

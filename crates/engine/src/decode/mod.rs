@@ -338,14 +338,15 @@ impl<'r> Decoder<'r> {
             // Names are those of the parameter table.
             _ => model.dtype(name).map_or(dtype, |d| placed_as(d, dtype)),
         };
-        self.programs.compile(self.runtime, model.arch(), wanted, &stored)?;
-        let programs: Vec<Arc<programs::Fed>> = wanted.iter().filter_map(|o| self.programs.get(o)).collect();
-        for name in programs.iter().flat_map(|fed| &fed.params) {
-            if !self.weights.contains_key(name) {
-                let (buffer, placement) = place(self.runtime, &self.model, name, dtype)?;
-                self.placed.count(placement, buffer.size_in_bytes());
-                self.weights.insert(name.clone(), buffer);
+        for (options, fed) in self.programs.compile(self.runtime, model.arch(), wanted, &stored)? {
+            for name in &fed.params {
+                if !self.weights.contains_key(name) {
+                    let (buffer, placement) = place(self.runtime, &self.model, name, dtype)?;
+                    self.placed.count(placement, buffer.size_in_bytes());
+                    self.weights.insert(name.clone(), buffer);
+                }
             }
+            self.programs.insert(options, fed);
         }
         Ok(())
     }
@@ -354,9 +355,14 @@ impl<'r> Decoder<'r> {
     fn run(&mut self, tokens: &[&[i32]], chunk: usize, logits: bool) -> Result<Option<HostArray>> {
         let past = self.lengths.iter().any(|&l| l > 0);
         let options = self.cached_options(chunk, past, logits);
-        self.compile(&[options])?;
         let missing = || EngineError::Input("a program over a cache lacks an array".into());
-        let fed = self.programs.get(&options).ok_or_else(missing)?;
+        let fed = match self.programs.get(&options) {
+            Some(fed) => fed,
+            None => {
+                self.compile(&[options])?;
+                self.programs.get(&options).ok_or_else(missing)?
+            }
+        };
         let client = self.runtime.client();
         let n = self.options.sequences;
         let mut ids = Vec::with_capacity(n * chunk);

@@ -24,7 +24,7 @@ pub(super) struct Fed {
 
 #[derive(Debug, Default)]
 pub(super) struct Programs {
-    compiled: HashMap<CachedOptions, Arc<Fed>>,
+    ready: HashMap<CachedOptions, Arc<Fed>>,
     times: CompileTimes,
 }
 
@@ -33,21 +33,27 @@ impl Programs {
         self.times
     }
 
-    /// A program that has been compiled.
+    /// A program that is ready.
     pub(super) fn get(&self, options: &CachedOptions) -> Option<Arc<Fed>> {
-        self.compiled.get(options).cloned()
+        self.ready.get(options).cloned()
     }
 
-    /// Compiles those programs that are not there yet, side by side. `stored` gives the dtype of parameters, and of the token table's rows under [`input::EMBED_ROWS`].
+    /// A program whose parameters are placed.
+    pub(super) fn insert(&mut self, options: CachedOptions, fed: Fed) {
+        self.ready.insert(options, Arc::new(fed));
+    }
+
+    /// Compiles those programs that are not there yet, side by side. `stored` gives the dtype of parameters, and of
+    /// the token table's rows under [`input::EMBED_ROWS`].
     pub(super) fn compile(
         &mut self,
         runtime: &Runtime,
         arch: &Arch,
         wanted: &[CachedOptions],
         stored: &(dyn Fn(&str) -> DType + Sync),
-    ) -> Result<()> {
+    ) -> Result<Vec<(CachedOptions, Fed)>> {
         let start = Instant::now();
-        let new = wanted.par_iter().filter(|&o| !self.compiled.contains_key(o)).map(|options| {
+        let new = wanted.par_iter().filter(|&o| !self.ready.contains_key(o)).map(|options| {
             let program = cached_program(arch, options, stored)?;
             let fixed = [input::EMBED_ROWS, input::PLE_ROWS, input::START, input::COUNT, input::SESSION];
             let is_param = |name: &str| !fixed.contains(&name) && !name.starts_with("cache.");
@@ -59,11 +65,8 @@ impl Programs {
         if !new.is_empty() {
             self.times.total += start.elapsed();
         }
-        for (options, fed, cached) in new {
-            self.times.programs += 1;
-            self.times.cached += usize::from(cached);
-            self.compiled.insert(options, Arc::new(fed));
-        }
-        Ok(())
+        self.times.programs += new.len();
+        self.times.cached += new.iter().filter(|(.., cached)| *cached).count();
+        Ok(new.into_iter().map(|(options, fed, _)| (options, fed)).collect())
     }
 }

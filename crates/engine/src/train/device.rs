@@ -120,7 +120,7 @@ impl<'r> Device<'r> {
             let trained: Vec<&Slot> = plan.slots().filter(|s| plan.role(s).trained).collect();
             let dtypes = plan.step.update.moment_dtypes();
             let widest = dtypes.iter().map(|(_, d)| d.size()).max().unwrap_or(0);
-            let on_host = |s: &Slot| plan.is_hosted(s);
+            let on_host = |s: &Slot| plan.step.is_hosted(s);
             let made = |s: &&&Slot| moments.is_none() || on_host(s);
             let zeros = Zeros::new(trained.iter().filter(made).map(|s| s.shape.elements() * widest.max(4)))?;
             let mut params = Vec::new();
@@ -320,7 +320,7 @@ impl<'r> Device<'r> {
     pub(crate) fn snapshot(&self, all: bool) -> Result<(Vec<(String, HostArray)>, Vec<(String, HostArray)>)> {
         let mut params = Vec::new();
         for ((slot, buffer), &trained) in self.plan.slots().zip(&self.params).zip(&self.trained) {
-            if (all || trained) && !self.plan.is_hosted(slot) {
+            if (all || trained) && !self.plan.step.is_hosted(slot) {
                 unstack(slot, &buffer.to_host()?, "", &mut params)?;
             }
         }
@@ -329,7 +329,7 @@ impl<'r> Device<'r> {
         for (prefix, _) in self.plan.step.update.moment_dtypes() {
             for (slot, _) in self.plan.slots().zip(&self.trained).filter(|(_, t)| **t) {
                 let buffer = buffers.next().ok_or_else(missing)?;
-                if !self.plan.is_hosted(slot) {
+                if !self.plan.step.is_hosted(slot) {
                     unstack(slot, &buffer.to_host()?, prefix, &mut moments)?;
                 }
             }
@@ -354,7 +354,7 @@ fn hosted(
     moments: Option<&Moments<'_>>,
     model: Option<&Model>,
 ) -> Result<Option<Hosted>> {
-    let Some(param) = plan.slots().position(|s| plan.is_hosted(s)) else { return Ok(None) };
+    let Some(param) = plan.slots().position(|s| plan.step.is_hosted(s)) else { return Ok(None) };
     let name = EMBED_TOKENS_PER_LAYER;
     let base = match model {
         Some(model) => RowTable::new(model, name)?,
@@ -367,7 +367,7 @@ fn hosted(
             |(prefix, dtype): &(&str, DType)| convert((m.read)(&format!("{prefix}{name}"))?.into_host()?, *dtype);
         table.restore(&m.table_rows, &dtypes.iter().map(read).collect::<Result<Vec<_>>>()?)?;
     }
-    let trained: Vec<bool> = plan.slots().filter(|s| plan.role(s).trained).map(|s| plan.is_hosted(s)).collect();
+    let trained: Vec<bool> = plan.slots().filter(|s| plan.role(s).trained).map(|s| plan.step.is_hosted(s)).collect();
     let place = trained.iter().position(|h| *h).ok_or_else(missing)?;
     let moments = (0..dtypes.len()).map(|i| i * trained.len() + place).collect();
     Ok(Some(Hosted { table, param, moments }))
@@ -412,11 +412,18 @@ fn unstack(slot: &Slot, host: &HostArray, prefix: &str, into: &mut Vec<(String, 
 
 /// The same values in another float dtype.
 pub(crate) fn convert(host: HostArray, dtype: DType) -> Result<HostArray> {
-    match (host.dtype(), dtype) {
-        (from, to) if from == to => Ok(host),
+    if host.dtype() == dtype { Ok(host) } else { converted(host.dtype(), host.bytes(), host.shape(), dtype) }
+}
+
+/// Values in one float dtype from the bytes of another.
+pub(crate) fn converted(from: DType, bytes: &[u8], shape: &Shape, to: DType) -> Result<HostArray> {
+    match (from, to) {
         (DType::F32 | DType::BF16 | DType::F16, DType::F32 | DType::BF16) => {
-            Ok(narrow(host.dtype(), host.bytes(), host.shape().clone(), dtype)?)
+            Ok(narrow(from, bytes, shape.clone(), to)?)
         }
-        _ => Ok(HostArray::from_f64(dtype, host.shape().clone(), &host.to_f64())?),
+        _ => {
+            let host = HostArray::from_bytes(from, shape.clone(), bytes)?;
+            Ok(HostArray::from_f64(to, shape.clone(), &host.to_f64())?)
+        }
     }
 }

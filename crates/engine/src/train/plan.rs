@@ -254,12 +254,6 @@ impl Plan {
         products + self.flops.layers.iter().map(|l| l.attention * share(l.layer)).sum::<f64>()
     }
 
-    /// Whether a slot holds those rows of a table on the host that a batch needs.
-    #[must_use]
-    pub fn is_hosted(&self, slot: &Slot) -> bool {
-        self.step.per_layer == PerLayerTable::HostTrained && slot.spec().name == EMBED_TOKENS_PER_LAYER
-    }
-
     /// Layers of a loop are all treated alike.
     fn check_stacks(&self) -> Result<(), TrainError> {
         for slot in self.layout.slots() {
@@ -510,7 +504,7 @@ mod tests {
         assert!(matches!(with(&frozen).step.per_layer, PerLayerTable::Host(_)));
         let hosted = with(&["per_layer_table=host"]);
         assert_eq!(hosted.step.per_layer, PerLayerTable::HostTrained);
-        let slot = hosted.slots().find(|s| hosted.is_hosted(s)).unwrap();
+        let slot = hosted.slots().find(|s| hosted.step.is_hosted(s)).unwrap();
         assert_eq!(slot.shape.dims(), [16, 80]);
     }
 

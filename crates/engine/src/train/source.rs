@@ -6,8 +6,7 @@ use pjrt::{Buffer, Client};
 use tensor::{DType, HostArray, Shape};
 
 use super::TrainError;
-use super::device::convert;
-use crate::forward::narrow;
+use super::device::converted;
 
 type Result<T> = std::result::Result<T, TrainError>;
 
@@ -75,13 +74,7 @@ impl Given {
         if from == dtype {
             return f(self.bytes());
         }
-        let converted = match (from, dtype) {
-            (DType::F32 | DType::BF16 | DType::F16, DType::F32 | DType::BF16) => {
-                narrow(from, self.bytes(), self.shape().clone(), dtype)?
-            }
-            _ => convert(self.into_host()?, dtype)?,
-        };
-        f(converted.bytes())
+        f(converted(from, self.bytes(), self.shape(), dtype)?.bytes())
     }
 }
 

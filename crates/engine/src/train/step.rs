@@ -51,6 +51,14 @@ pub struct StepOptions {
     pub update: Update,
 }
 
+impl StepOptions {
+    /// Whether a slot holds those rows of a table on the host that a batch needs.
+    #[must_use]
+    pub fn is_hosted(&self, slot: &Slot) -> bool {
+        self.per_layer == PerLayerTable::HostTrained && slot.spec().name == EMBED_TOKENS_PER_LAYER
+    }
+}
+
 /// A slot and what is done with it.
 #[derive(Debug, Clone)]
 pub struct Role {
@@ -194,6 +202,41 @@ impl Builder<'_> {
         Ok(batch)
     }
 
+    /// The slots that are trained.
+    fn trained(&self) -> Vec<&Slot> {
+        self.slots().filter(|s| (self.role)(s).trained).collect()
+    }
+
+    /// Moments of trained slots, donated. They lie as their parameter does: under fsdp every device holds its part of them.
+    fn moments(&self, trained: &[&Slot]) -> Result<Vec<Moments>> {
+        let mut moments = vec![Moments::default(); trained.len()];
+        for (prefix, dtype) in self.options.update.moment_dtypes() {
+            for (slot, m) in trained.iter().zip(&mut moments) {
+                let donated = InputOptions { donate: true, sharding: slot.sharding.clone() };
+                m.set(
+                    prefix,
+                    self.g.input_with(&format!("{prefix}{}", slot.name), dtype, slot.shape.clone(), donated)?,
+                );
+            }
+        }
+        Ok(moments)
+    }
+
+    /// Gradients as results, each after `last`.
+    fn gradient_outputs(&self, slots: &[&Slot], grads: &[Value], last: impl Fn(Value) -> Result<Value>) -> Result<()> {
+        for (slot, &grad) in slots.iter().zip(grads) {
+            let options = OutputOptions { sharding: slot.sharding.clone(), ..OutputOptions::default() };
+            self.g.output_with(&format!("{}{}", names::GRAD, slot.name), last(grad)?, options)?;
+        }
+        Ok(())
+    }
+
+    /// [`StepSums`] without norms, as a result.
+    fn plain_sums(&self, sums: &LossSums) -> Result<()> {
+        let zero = self.g.scalar(DType::F32, 0.0)?;
+        output_sums(self.g, &[sums.total, sums.z, sums.weight, zero, zero])
+    }
+
     fn inputs(&self, accumulation: usize) -> Result<Inputs> {
         Ok(Inputs { params: self.parameters(false)?, batch: self.batch(accumulation)? })
     }
@@ -293,9 +336,7 @@ impl Builder<'_> {
         }
         let mut squares = Vec::new();
         // Of a table on the host, only some rows are here: its norm is not known.
-        let hosted =
-            |s: &&Slot| self.options.per_layer == PerLayerTable::HostTrained && s.spec().name == EMBED_TOKENS_PER_LAYER;
-        for s in self.slots().filter(|s| !hosted(s)) {
+        for s in self.slots().filter(|s| !self.options.is_hosted(s)) {
             let after = trained.iter().position(|t| t.name == s.name).map_or(params[&s.name], |i| new[i].0);
             squares.push(sum_of_squares(g, after)?);
         }
@@ -332,16 +373,8 @@ pub fn step_program(
     let g = on_mesh("train_step", layout)?;
     let b = Builder { g: &g, arch, layout, options, role };
     let params = b.parameters(true)?;
-    let trained: Vec<&Slot> = b.slots().filter(|s| role(s).trained).collect();
-    let mut moments = vec![Moments::default(); trained.len()];
-    for (prefix, dtype) in options.update.moment_dtypes() {
-        for (slot, m) in trained.iter().zip(&mut moments) {
-            // Moments lie as their parameter does: under fsdp every device holds its part of them.
-            let donated = InputOptions { donate: true, sharding: slot.sharding.clone() };
-            let v = g.input_with(&format!("{prefix}{}", slot.name), dtype, slot.shape.clone(), donated)?;
-            m.set(prefix, v);
-        }
-    }
+    let trained = b.trained();
+    let moments = b.moments(&trained)?;
     let batch = b.batch(options.accumulation)?;
     let scalars = g.input(names::SCALARS, DType::F32, [3])?;
     let inputs = Inputs { params, batch };
@@ -366,15 +399,11 @@ pub fn gradient_program(
     let g = on_mesh("gradients", layout)?;
     let b = Builder { g: &g, arch, layout, options, role };
     let inputs = b.inputs(options.accumulation)?;
-    let slots: Vec<&Slot> = b.slots().filter(|s| role(s).trained).collect();
+    let slots = b.trained();
     let (sums, grads) = b.gradients(&inputs, &slots)?;
     let mean = per_target(&g, &sums)?;
-    for (slot, &grad) in slots.iter().zip(&grads) {
-        let options = OutputOptions { sharding: slot.sharding.clone(), ..OutputOptions::default() };
-        g.output_with(&format!("{}{}", names::GRAD, slot.name), g.mul_bcast(grad, mean)?, options)?;
-    }
-    let zero = g.scalar(DType::F32, 0.0)?;
-    output_sums(&g, &[sums.total, sums.z, sums.weight, zero, zero])?;
+    b.gradient_outputs(&slots, &grads, |grad| g.mul_bcast(grad, mean))?;
+    b.plain_sums(&sums)?;
     g.finish()
 }
 
@@ -392,8 +421,7 @@ pub fn eval_program(
     let b = Builder { g: &g, arch, layout, options, role };
     let inputs = b.inputs(1)?;
     let sums = b.sums(&g, &inputs.params, &only(&g, &inputs.batch)?, HeadGradient::None)?;
-    let zero = g.scalar(DType::F32, 0.0)?;
-    output_sums(&g, &[sums.total, sums.z, sums.weight, zero, zero])?;
+    b.plain_sums(&sums)?;
     g.finish()
 }
 

@@ -8,43 +8,8 @@ use crate::product::Sums;
 
 /// Elements of a step.
 const STEP: usize = 16;
-/// Most bytes of `x` that stay in the first cache beside the weights passing through.
-const STREAMED_X: usize = 16 << 10;
 
-#[target_feature(enable = "avx2,fma")]
-pub(super) fn sums(
-    format: Format,
-    weights: &[u8],
-    rows: Range<usize>,
-    k: usize,
-    x: &[f32],
-    stride: usize,
-    sums: &mut Sums,
-) {
-    // One row after the other is one stream of memory, which processors read fastest (AVX-512, 1536 columns: 23 GB/s
-    // of one core against 13 for four rows at a time). It needs all of x for each row, so x has to stay in the first
-    // cache; where it does not, or there are several rows of it, rows share what is read of it.
-    let m = x.len() / stride.max(1);
-    let is_one_stream = m == 1 && size_of_val(x) <= STREAMED_X;
-    let (mut first, mut at) = (rows.start, 0);
-    while first < rows.end {
-        let left = if is_one_stream { 1 } else { rows.end - first };
-        macro_rules! blocks {
-            ($($m:literal: $r:literal),*) => {
-                match (format, m) {
-                    $((Format::Bf16, $m) if left >= $r => ($r, block::<Bf16, $r, $m>(weights, first, k, x, stride, sums, at)),
-                      (Format::F32, $m) if left >= $r => ($r, block::<F32, $r, $m>(weights, first, k, x, stride, sums, at)),
-                      (Format::Bf16, $m) => (1, block::<Bf16, 1, $m>(weights, first, k, x, stride, sums, at)),
-                      (Format::F32, $m) => (1, block::<F32, 1, $m>(weights, first, k, x, stride, sums, at)),)*
-                    _ => (rows.end - first, ()),
-                }
-            };
-        }
-        let (done, ()) = blocks!(1: 4, 2: 4, 3: 2, 4: 2, 5: 2, 6: 1, 7: 1, 8: 1);
-        first += done;
-        at += done;
-    }
-}
+dispatch!("avx2,fma", 1: 4, 2: 4, 3: 2, 4: 2, 5: 2, 6: 1, 7: 1, 8: 1);
 
 /// How 16 elements become two vectors of f32.
 trait Widen {

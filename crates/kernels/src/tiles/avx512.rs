@@ -19,19 +19,7 @@ pub(super) fn prepare(to: &mut Prepared, x: Rows<'_>, m: usize, k: usize) {
     to.fill(x, m, k);
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(super) fn sums(format: Format, tile: &[u8], x: &Prepared, xs: Range<usize>, sums: &mut Sums) {
-    macro_rules! tiles {
-        ($($m:literal),*) => {
-            match (format, xs.len()) {
-                $((Format::Int4, $m) => multiply::<true, $m>(tile, x, xs.start, sums),
-                  (Format::Int8, $m) => multiply::<false, $m>(tile, x, xs.start, sums),)*
-                _ => {}
-            }
-        };
-    }
-    tiles!(1, 2, 3, 4, 5, 6, 7, 8);
-}
+dispatch!("avx512f,avx512bw,avx512vl,avx512vnni", 1, 2, 3, 4, 5, 6, 7, 8);
 
 /// 16 scales.
 #[inline]

@@ -8,6 +8,21 @@
 //! rounding `x` to bf16 does, and lets integer instructions do the work: within a group of 32 columns all sums are exact
 //! in 32 bits, on every level.
 
+/// The `sums` of a level with these features, whose `multiply` takes so many rows of `x`.
+#[cfg(target_arch = "x86_64")]
+macro_rules! dispatch {
+    ($features:literal, $($m:literal),*) => {
+        #[target_feature(enable = $features)]
+        pub(super) fn sums(format: Format, tile: &[u8], x: &Prepared, xs: Range<usize>, sums: &mut Sums) {
+            match (format, xs.len()) {
+                $((Format::Int4, $m) => multiply::<true, $m>(tile, x, xs.start, sums),
+                  (Format::Int8, $m) => multiply::<false, $m>(tile, x, xs.start, sums),)*
+                _ => {}
+            }
+        }
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]

@@ -11,8 +11,8 @@ mod tests;
 use std::collections::HashSet;
 
 use super::GenerateError;
+use crate::compare::log_sum_exp;
 use crate::rng::Philox;
-use crate::score::log_sum_exp;
 
 /// How the next token is chosen.
 #[derive(Debug, Clone, PartialEq)]

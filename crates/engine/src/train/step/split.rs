@@ -5,11 +5,10 @@ use std::collections::HashMap;
 use gemma4::Arch;
 use gemma4::layout::{Layout, Slot};
 use gemma4::loss::LossSums;
-use graph::{InputOptions, OutputOptions, Program, Value};
+use graph::{InputOptions, Program, Value};
 use tensor::{DType, Shape};
 
-use super::{Builder, Result, Role, StepOptions, names, on_mesh, output_sums};
-use crate::train::optimizer::Moments;
+use super::{Builder, Result, Role, StepOptions, names, on_mesh};
 
 /// Gradients of the **summed** loss by every trained slot, in f32, and [`super::StepSums`] without norms. Sums of several
 /// processes add up to those of the whole batch.
@@ -27,14 +26,10 @@ pub fn summed_gradient_program(
     let g = on_mesh("summed_gradients", layout)?;
     let b = Builder { g: &g, arch, layout, options, role };
     let inputs = b.inputs(options.accumulation)?;
-    let slots: Vec<&Slot> = b.slots().filter(|s| role(s).trained).collect();
+    let slots = b.trained();
     let (sums, grads) = b.gradients(&inputs, &slots)?;
-    for (slot, &grad) in slots.iter().zip(&grads) {
-        let options = OutputOptions { sharding: slot.sharding.clone(), ..OutputOptions::default() };
-        g.output_with(&format!("{}{}", names::GRAD, slot.name), grad, options)?;
-    }
-    let zero = g.scalar(DType::F32, 0.0)?;
-    output_sums(&g, &[sums.total, sums.z, sums.weight, zero, zero])?;
+    b.gradient_outputs(&slots, &grads, Ok)?;
+    b.plain_sums(&sums)?;
     g.finish()
 }
 
@@ -54,14 +49,8 @@ pub fn update_program(
     let g = on_mesh("update", layout)?;
     let b = Builder { g: &g, arch, layout, options, role };
     let params: HashMap<String, Value> = b.parameters(true)?;
-    let trained: Vec<&Slot> = b.slots().filter(|s| role(s).trained).collect();
-    let mut moments = vec![Moments::default(); trained.len()];
-    for (prefix, dtype) in options.update.moment_dtypes() {
-        for (slot, m) in trained.iter().zip(&mut moments) {
-            let donated = InputOptions { donate: true, sharding: slot.sharding.clone() };
-            m.set(prefix, g.input_with(&format!("{prefix}{}", slot.name), dtype, slot.shape.clone(), donated)?);
-        }
-    }
+    let trained = b.trained();
+    let moments = b.moments(&trained)?;
     let mut grads = Vec::with_capacity(trained.len());
     for slot in &trained {
         let options = InputOptions { sharding: slot.sharding.clone(), ..InputOptions::default() };
