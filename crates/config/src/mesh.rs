@@ -71,6 +71,15 @@ impl Mesh {
         }
     }
 
+    /// Virtual devices that a CPU should have: as many as asked for, else as many as the axes want.
+    #[must_use]
+    pub fn cpu_devices(&self) -> usize {
+        match self.num_cpu_devices {
+            0 => self.wanted(),
+            n => n,
+        }
+    }
+
     /// How many devices the axes ask for: what is left to an axis counts as one.
     #[must_use]
     pub fn wanted(&self) -> usize {

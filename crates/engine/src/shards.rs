@@ -149,6 +149,24 @@ impl Sharded {
         &self.shape
     }
 
+    /// How it lies.
+    #[must_use]
+    pub fn sharding(&self) -> &Sharding {
+        &self.sharding
+    }
+
+    /// Takes over what a program made of it: parts of the same type, one a device.
+    ///
+    /// # Errors
+    /// When their number differs.
+    pub fn replace(&mut self, parts: Vec<Buffer>) -> Result<()> {
+        if parts.len() != self.parts.len() {
+            return Err(EngineError::Input(format!("{} parts for {} devices", parts.len(), self.parts.len())));
+        }
+        self.parts = parts;
+        Ok(())
+    }
+
     /// The part on a device.
     #[must_use]
     pub fn part(&self, device: usize) -> Option<&Buffer> {

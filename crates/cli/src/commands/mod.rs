@@ -113,13 +113,18 @@ pub(crate) struct EngineArgs {
 impl EngineArgs {
     /// Starts the engine, and says so where it takes time.
     pub(crate) fn start(&self, ui: &Ui) -> Result<Runtime, Failure> {
+        self.start_on(ui, 1)
+    }
+
+    /// The same with this many virtual devices, if it is a CPU's.
+    pub(crate) fn start_on(&self, ui: &Ui, cpu_devices: usize) -> Result<Runtime, Failure> {
         let progress = |step: &str| ui.say(step);
         Ok(Runtime::start(&RuntimeOptions {
             plugin: self.plugin.clone(),
             offline: is_offline(self.offline),
             no_cache: self.no_cache,
+            cpu_devices,
             progress: Some(&progress),
-            ..RuntimeOptions::default()
         })?)
     }
 }

@@ -8,6 +8,7 @@ use config::{Filter, Sources};
 use engine::hosts::peers::Peers;
 use engine::hosts::{HostFlags, Identity, Origin};
 use engine::train::{End, Event, TrainError, TrainOptions, TrainReport, train};
+use pjrt::{CollectiveKind, CollectiveTotal, HloStats};
 use serde_json::json;
 
 use super::{CommandResult, EngineArgs, Failure, Outcome};
@@ -68,7 +69,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     if let Some(p) = &peers {
         ui.say(format!("{} processes share every batch", p.count()));
     }
-    let runtime = args.engine.start(ui)?;
+    let runtime = args.engine.start_on(ui, config.mesh.cpu_devices())?;
     let settings = config.raw().show(Filter::Set);
     let config_text: String = settings.iter().map(|s| format!("{}: {}\n", s.key, s.value)).collect();
     let options = TrainOptions {
@@ -99,6 +100,9 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
                 let memory = c.memory.map(|m| format!(", {} for temporaries", bytes(m.temporary as u64)));
                 let how = if c.cached { "loaded from the cache" } else { "compiled" };
                 say(&format!("{how} in {}{}", seconds(c.time), memory.unwrap_or_default()));
+                for line in c.shared.iter().flat_map(collectives) {
+                    say(&line);
+                }
             }
             Event::Step(m) => {
                 say(&m.line());
@@ -117,6 +121,18 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     bar.finish_and_clear();
     let report = report.map_err(explain)?;
     say_end(ui, args, &report)
+}
+
+/// What devices say to each other in a step, a line a kind.
+fn collectives(stats: &HloStats) -> Vec<String> {
+    let line = |(kind, c): (&CollectiveKind, &CollectiveTotal)| {
+        format!("  {kind}: {} a step, each device sends {}", c.runs, bytes(c.sent as u64))
+    };
+    let mut lines: Vec<String> = stats.collectives.iter().map(line).collect();
+    if stats.unknown_loops > 0 {
+        lines.push(format!("  bodies of {} loops are counted once: they do not tell how often they run", stats.unknown_loops));
+    }
+    lines
 }
 
 /// The other processes of the job, if there are any.

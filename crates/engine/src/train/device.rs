@@ -1,18 +1,19 @@
-//! The state of a run on a device: parameters, moments, programs.
+//! The state of a run on its devices: parameters, moments, programs.
 
 use std::time::Duration;
 
 use gemma4::layout::Slot;
 use gemma4::params::EMBED_TOKENS_PER_LAYER;
-use graph::Program;
-use pjrt::{Buffer, CompileOptions, Executable, MemoryFigures};
+use graph::{Mesh, Program, Sharding};
+use pjrt::{Buffer, CompileOptions, Executable, HloStats, MemoryFigures};
 use tensor::{DType, HostArray, Shape};
 
 use super::TrainError;
 use super::plan::Plan;
-use super::source::{Source, Zeros, place};
+use super::source::{Source, Zeros, place, sharding};
 use super::step::{
-    PerLayerTable, Scalars, StepOptions, StepSums, eval_program, step_program, summed_gradient_program, update_program,
+    PerLayerTable, Scalars, StepOptions, StepSums, batch_sharding, eval_program, step_program,
+    summed_gradient_program, update_program,
 };
 use super::table::{HostTable, Needed};
 use crate::data::TokenBatch;
@@ -20,23 +21,29 @@ use crate::forward::narrow;
 use crate::hosts::peers::{Peers, own_rows};
 use crate::rows::RowTable;
 use crate::runtime::{Compiled, Runtime};
+use crate::shards::{self, Sharded};
 use crate::train_state::TableSnapshot;
 use crate::{EngineError, Model};
 
 type Result<T> = std::result::Result<T, TrainError>;
 
+/// Values of [`StepSums`].
+const SUMS: [usize; 1] = [5];
+
 /// As much as a main thread has, and more: the compiler recurses over programs.
 const COMPILER_STACK: usize = 64 << 20;
 
-/// A run's arrays on a device and the programs that change them.
+/// A run's arrays on its devices and the programs that change them.
 pub struct Device<'r> {
     runtime: &'r Runtime,
     plan: Plan,
-    params: Vec<Buffer>,
+    /// Without axes where there is one device.
+    mesh: Mesh,
+    params: Vec<Sharded>,
     /// Which of them are trained.
     trained: Vec<bool>,
     /// First moments of the trained slots, then second ones, as far as the optimizer has them.
-    moments: Vec<Buffer>,
+    moments: Vec<Sharded>,
     /// The per-layer table, where it stays on the host.
     table: Option<RowTable>,
     /// The same, where it is trained there.
@@ -71,14 +78,16 @@ pub(crate) struct Moments<'a> {
 }
 
 /// What compiling took.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct CompileReport {
     /// Time to build, print and compile the program, or to load it from the cache.
     pub time: Duration,
     /// Whether it came from the cache.
     pub cached: bool,
-    /// What the compiler says of memory.
+    /// What the compiler says of memory, on each device.
     pub memory: Option<MemoryFigures>,
+    /// What the program does, collectives among it, where several devices share it.
+    pub shared: Option<HloStats>,
 }
 
 impl<'r> Device<'r> {
@@ -93,6 +102,7 @@ impl<'r> Device<'r> {
     ) -> Result<(Self, CompileReport)> {
         let start = std::time::Instant::now();
         let client = runtime.client();
+        let mesh = plan.layout.partition().map(|p| p.mesh().clone()).unwrap_or_default();
         let split = peers.is_some();
         if split && plan.step.per_layer == PerLayerTable::HostTrained {
             return Err(TrainError::Key {
@@ -112,10 +122,16 @@ impl<'r> Device<'r> {
                     Some(compile(runtime, &program, &plan)?.executable)
                 }
             };
-            let report = CompileReport { time: start.elapsed(), cached, memory: executable.memory().ok() };
+            let time = start.elapsed();
+            // Figures for a person: a plugin that does not tell them can run the program all the same.
+            let shared = match mesh.devices() {
+                1 => None,
+                _ => executable.optimized_program().ok().and_then(|hlo| HloStats::read(&hlo).ok()),
+            };
+            let report = CompileReport { time, cached, memory: executable.memory().ok(), shared };
             Ok((executable, update, report))
         };
-        let place_all = || -> Result<(Vec<Buffer>, Vec<Buffer>)> {
+        let place_all = || -> Result<(Vec<Sharded>, Vec<Sharded>)> {
             let mut buffers = Vec::new();
             let trained: Vec<&Slot> = plan.slots().filter(|s| plan.role(s).trained).collect();
             let dtypes = plan.step.update.moment_dtypes();
@@ -127,17 +143,17 @@ impl<'r> Device<'r> {
             for slot in plan.slots() {
                 let dtype = plan.role(slot).dtype;
                 params.push(match on_host(slot) {
-                    true => zeros.place(client, dtype, &slot.shape)?,
-                    false => place(client, slot, dtype, source)?,
+                    true => zeros.place(client, &mesh, slot, dtype)?,
+                    false => place(client, &mesh, slot, dtype, source)?,
                 });
             }
             for (prefix, dtype) in dtypes {
                 for slot in &trained {
                     buffers.push(match moments {
                         Some(m) if !on_host(slot) => {
-                            place(client, slot, dtype, &|name| (m.read)(&format!("{prefix}{name}")))?
+                            place(client, &mesh, slot, dtype, &|name| (m.read)(&format!("{prefix}{name}")))?
                         }
-                        _ => zeros.place(client, dtype, &slot.shape)?,
+                        _ => zeros.place(client, &mesh, slot, dtype)?,
                     });
                 }
             }
@@ -170,6 +186,7 @@ impl<'r> Device<'r> {
             Device {
                 runtime,
                 plan,
+                mesh,
                 params,
                 trained,
                 moments: buffers,
@@ -185,65 +202,81 @@ impl<'r> Device<'r> {
 
     /// Runs one step and waits for it. The batch holds the rows of all micro-batches, and of all processes.
     pub(crate) fn step(&mut self, batch: &TokenBatch, scalars: Scalars) -> Result<StepSums> {
-        let client = self.runtime.client();
-        let scalars = client.buffer_from_host(&HostArray::from_slice([3], &scalars.values())?, 0)?;
+        let scalars = self.hand_over(&HostArray::from_slice([3], &scalars.values())?, None)?;
         let Some((update, peers)) = &self.update else {
             let mut inputs = self.batch(batch, &self.plan.step, self.plan.step.accumulation)?;
             let rows = self.hand_in(batch, &mut inputs)?;
             inputs.push(scalars);
-            let arguments: Vec<&Buffer> = self.params.iter().chain(&self.moments).chain(&inputs).collect();
-            let outputs = self.step.execute(&arguments)?;
+            let arguments: Vec<&Sharded> = self.params.iter().chain(&self.moments).chain(&inputs).collect();
+            let outputs = shards::execute(&self.step, &arguments)?;
             return self.take(outputs, &rows);
         };
         let own = batch.rows(own_rows(batch.rows, peers.rank(), peers.count())?);
         let inputs = self.batch(&own, &self.plan.step, self.plan.step.accumulation)?;
-        let arguments: Vec<&Buffer> = self.params.iter().chain(&inputs).collect();
+        let arguments: Vec<&Sharded> = self.params.iter().chain(&inputs).collect();
+        // Gradients of the trained slots lie as these do; then the sums, whole on every device.
+        let slots = self.plan.slots().zip(&self.trained).filter(|(_, t)| **t).map(|(slot, _)| slot);
+        let lies: Vec<(Shape, Sharding)> =
+            slots.map(|s| (s.shape.clone(), sharding(s))).chain([(SUMS.into(), Sharding::replicated(1))]).collect();
         let mut summed = Vec::new();
-        for output in self.step.execute(&arguments)? {
-            let mut host = output.to_host()?;
+        for (parts, (shape, sharding)) in shards::execute(&self.step, &arguments)?.into_iter().zip(lies) {
+            let output = Sharded::new(DType::F32, shape, sharding, parts, &self.mesh)?;
+            let mut host = output.to_host(&self.mesh)?;
             peers.sum(host.as_mut_slice::<f32>()?)?;
-            summed.push(client.buffer_from_owned(host, 0)?.0);
+            summed.push(self.hand_over(&host, Some(output.sharding().clone()))?);
         }
-        let arguments: Vec<&Buffer> =
+        let arguments: Vec<&Sharded> =
             self.params.iter().chain(&self.moments).chain(&summed).chain([&scalars]).collect();
-        let outputs = update.execute(&arguments)?;
+        let outputs = shards::execute(update, &arguments)?;
         self.take(outputs, &[])
     }
 
     /// Takes over what a step gave; `rows` are those of a table trained on the host.
-    fn take(&mut self, mut outputs: Vec<Buffer>, rows: &[i32]) -> Result<StepSums> {
-        let sums = outputs.pop().map(|b| b.to_host()).transpose()?;
+    fn take(&mut self, mut outputs: Vec<Vec<Buffer>>, rows: &[i32]) -> Result<StepSums> {
+        let sums = outputs.pop();
         let mut outputs = outputs.into_iter();
         for (p, _) in self.params.iter_mut().zip(&self.trained).filter(|(_, t)| **t) {
-            *p = outputs.next().ok_or_else(missing)?;
+            p.replace(outputs.next().ok_or_else(missing)?)?;
         }
         for m in &mut self.moments {
-            *m = outputs.next().ok_or_else(missing)?;
+            m.replace(outputs.next().ok_or_else(missing)?)?;
         }
+        // Before anything is read: what failed, failed here.
+        let sums = read_sums(sums)?;
         if let Some(hosted) = &mut self.hosted {
             let parts =
                 std::iter::once(&self.params[hosted.param]).chain(hosted.moments.iter().map(|&i| &self.moments[i]));
-            let parts: Vec<HostArray> = parts.map(Buffer::to_host).collect::<std::result::Result<_, _>>()?;
+            let parts: Vec<HostArray> = parts.map(|p| p.to_host(&self.mesh)).collect::<crate::Result<_>>()?;
             hosted.table.store(rows, &parts.iter().collect::<Vec<_>>())?;
         }
-        read_sums(sums)
+        Ok(sums)
+    }
+
+    /// A host array on the devices, lying as said or whole on each.
+    fn hand_over(&self, host: &HostArray, sharding: Option<Sharding>) -> Result<Sharded> {
+        let sharding = sharding.unwrap_or_else(|| Sharding::replicated(host.shape().rank()));
+        Ok(Sharded::from_host(self.runtime.client(), &self.mesh, host, &sharding)?)
     }
 
     /// Puts the rows that a batch needs of a table trained on the host into their places, and the batch's last field, which says
     /// where they are. Returns the rows.
-    fn hand_in(&mut self, batch: &TokenBatch, inputs: &mut Vec<Buffer>) -> Result<Vec<i32>> {
+    fn hand_in(&mut self, batch: &TokenBatch, inputs: &mut Vec<Sharded>) -> Result<Vec<i32>> {
         let Some(hosted) = &self.hosted else { return Ok(Vec::new()) };
         let micro = self.plan.step.accumulation;
         let needed = Needed::of(&in_micro_batches(&batch.inputs, batch.seq, micro));
-        let client = self.runtime.client();
         let shape = [micro, batch.rows / micro.max(1), batch.seq];
-        inputs.push(client.buffer_from_host(&HostArray::from_slice(shape, &needed.index)?, 0)?);
+        let index = HostArray::from_slice(shape, &needed.index)?;
+        inputs.push(self.hand_over(&index, batch_sharding(&self.plan.layout, &shape))?);
         let capacity = self.params[hosted.param].shape().dims().first().copied().unwrap_or(0);
         let mut parts = hosted.table.gather(&needed.rows, capacity)?.into_iter();
-        let mut place = || Ok::<_, TrainError>(client.buffer_from_host(&parts.next().ok_or_else(missing)?, 0)?);
-        self.params[hosted.param] = place()?;
+        let (client, mesh) = (self.runtime.client(), &self.mesh);
+        let mut place = |was: &mut Sharded| -> Result<()> {
+            *was = Sharded::from_host(client, mesh, &parts.next().ok_or_else(missing)?, was.sharding())?;
+            Ok(())
+        };
+        place(&mut self.params[hosted.param])?;
         for &i in &hosted.moments {
-            self.moments[i] = place()?;
+            place(&mut self.moments[i])?;
         }
         Ok(needed.rows)
     }
@@ -255,7 +288,9 @@ impl<'r> Device<'r> {
         if options.per_layer == PerLayerTable::HostTrained {
             options.per_layer = PerLayerTable::Host(options.loss.dtype);
         }
-        if !tokens.is_multiple_of(options.loss.blocks) {
+        // Every device goes through its own tokens in blocks.
+        let parts = self.plan.layout.partition().map_or(1, |p| p.batch_parts() * p.token_length_parts());
+        if !tokens.is_multiple_of(options.loss.blocks * parts) {
             options.loss.blocks = 1;
         }
         if self.eval.is_none() {
@@ -265,15 +300,14 @@ impl<'r> Device<'r> {
         let inputs = self.batch(batch, &options, 1)?;
         let on_device =
             self.params.iter().enumerate().filter(|(i, _)| self.hosted.as_ref().is_none_or(|h| h.param != *i));
-        let arguments: Vec<&Buffer> = on_device.map(|(_, b)| b).chain(&inputs).collect();
+        let arguments: Vec<&Sharded> = on_device.map(|(_, b)| b).chain(&inputs).collect();
         let Some(eval) = &self.eval else { return Err(missing()) };
-        let mut outputs = eval.execute(&arguments)?;
-        read_sums(outputs.pop().map(|b| b.to_host()).transpose()?)
+        read_sums(shards::execute(eval, &arguments)?.pop())
     }
 
     /// The fields of a batch, micro-batch `i` being rows `i`, `i + n`, `i + 2n`, ... as in MaxText.
-    fn batch(&self, batch: &TokenBatch, options: &StepOptions, micro: usize) -> Result<Vec<Buffer>> {
-        let client = self.runtime.client();
+    fn batch(&self, batch: &TokenBatch, options: &StepOptions, micro: usize) -> Result<Vec<Sharded>> {
+        let lies = |shape: &Shape| batch_sharding(&self.plan.layout, shape.dims());
         let shape: Shape = [micro, batch.rows / micro.max(1), batch.seq].into();
         let order = |values: &[i32]| in_micro_batches(values, batch.seq, micro);
         let mut fields = vec![&batch.inputs, &batch.inputs_position, &batch.targets, &batch.targets_segmentation];
@@ -282,7 +316,7 @@ impl<'r> Device<'r> {
         }
         let mut buffers = Vec::new();
         for field in fields {
-            buffers.push(client.buffer_from_host(&HostArray::from_slice(shape.clone(), &order(field))?, 0)?);
+            buffers.push(self.hand_over(&HostArray::from_slice(shape.clone(), &order(field))?, lies(&shape))?);
         }
         if let (PerLayerTable::Host(dtype), Some(p)) = (options.per_layer, self.plan.arch.per_layer_input()) {
             let width = self.plan.arch.layers().len() * p.width;
@@ -295,7 +329,8 @@ impl<'r> Device<'r> {
                 }
                 None => self.table()?.gather(&ids, shape)?,
             };
-            buffers.push(client.buffer_from_owned(convert(rows, dtype)?, 0)?.0);
+            let rows = convert(rows, dtype)?;
+            buffers.push(self.hand_over(&rows, lies(rows.shape()))?);
         }
         Ok(buffers)
     }
@@ -321,7 +356,7 @@ impl<'r> Device<'r> {
         let mut params = Vec::new();
         for ((slot, buffer), &trained) in self.plan.slots().zip(&self.params).zip(&self.trained) {
             if (all || trained) && !self.plan.step.is_hosted(slot) {
-                unstack(slot, &buffer.to_host()?, "", &mut params)?;
+                unstack(slot, &buffer.to_host(&self.mesh)?, "", &mut params)?;
             }
         }
         let mut moments = Vec::new();
@@ -330,7 +365,7 @@ impl<'r> Device<'r> {
             for (slot, _) in self.plan.slots().zip(&self.trained).filter(|(_, t)| **t) {
                 let buffer = buffers.next().ok_or_else(missing)?;
                 if !self.plan.step.is_hosted(slot) {
-                    unstack(slot, &buffer.to_host()?, prefix, &mut moments)?;
+                    unstack(slot, &buffer.to_host(&self.mesh)?, prefix, &mut moments)?;
                 }
             }
         }
@@ -377,8 +412,9 @@ fn missing() -> TrainError {
     EngineError::Input("the program gave fewer results than it should".into()).into()
 }
 
-fn read_sums(sums: Option<HostArray>) -> Result<StepSums> {
-    let host = sums.ok_or_else(missing)?;
+/// Sums are the same on every device.
+fn read_sums(sums: Option<Vec<Buffer>>) -> Result<StepSums> {
+    let host = sums.as_ref().and_then(|parts| parts.first()).ok_or_else(missing)?.to_host()?;
     StepSums::from_values(host.as_slice::<f32>()?).ok_or_else(missing)
 }
 
@@ -395,11 +431,12 @@ const LARGE_STEP: f64 = 3e11;
 /// be stored: small steps compile longer than they run, and go without.
 #[must_use]
 pub fn compile_options(plan: &Plan) -> CompileOptions {
-    match plan.step.loss.dtype {
+    let options = match plan.step.loss.dtype {
         DType::BF16 if plan.flops.total >= LARGE_STEP => CompileOptions::bf16(),
         DType::BF16 => CompileOptions::default(),
         _ => CompileOptions::verify_f32(),
-    }
+    };
+    options.partitioned(plan.devices())
 }
 
 fn unstack(slot: &Slot, host: &HostArray, prefix: &str, into: &mut Vec<(String, HostArray)>) -> Result<()> {

@@ -203,6 +203,12 @@ impl Plan {
         Ok(plan)
     }
 
+    /// Devices that share the run.
+    #[must_use]
+    pub fn devices(&self) -> usize {
+        self.layout.partition().map_or(1, |p| p.mesh().devices())
+    }
+
     /// What is done with a slot.
     #[must_use]
     pub fn role(&self, slot: &Slot) -> Role {

@@ -1,12 +1,15 @@
-//! Where a run's arrays come from, and how they get onto the device without a second copy on the host.
+//! Where a run's arrays come from, and how they get onto the devices without a second copy on the host.
 
 use checkpoint::safetensors::TensorView;
 use gemma4::layout::Slot;
-use pjrt::{Buffer, Client};
+use graph::{Mesh, Sharding};
+use pjrt::Client;
 use tensor::{DType, HostArray, Shape};
 
 use super::TrainError;
-use super::device::converted;
+use super::device::{convert, converted};
+use crate::EngineError;
+use crate::shards::{Sharded, cut, parts_of, paste};
 
 type Result<T> = std::result::Result<T, TrainError>;
 
@@ -78,20 +81,77 @@ impl Given {
     }
 }
 
-/// A slot's members on the device, in memory of the device's own: what a step gets to overwrite must not be borrowed, or the
+/// How a slot lies on the mesh of its layout; whole where there is none.
+pub(crate) fn sharding(slot: &Slot) -> Sharding {
+    slot.sharding.clone().unwrap_or_else(|| Sharding::replicated(slot.shape.rank()))
+}
+
+/// A slot's members on the devices, in memory of the devices' own: what a step gets to overwrite must not be borrowed, or the
 /// runtime would copy it at the first step.
+///
+/// Every member is read once and every device gets its part of it: the host never holds more than one slot.
 pub(crate) fn place(
     client: &Client,
+    mesh: &Mesh,
     slot: &Slot,
     dtype: DType,
     read: &dyn Fn(&str) -> Result<Given>,
-) -> Result<Buffer> {
-    if let [only] = &slot.members[..]
-        && !slot.stacked
-    {
-        return read(&only.name)?.with_bytes(dtype, |b| Ok(client.buffer_from_bytes(b, dtype, &slot.shape, 0)?));
+) -> Result<Sharded> {
+    let sharding = sharding(slot);
+    let what = (dtype, &slot.shape);
+    let only = match &slot.members[..] {
+        [only] if !slot.stacked => Some(only),
+        _ => None,
+    };
+    match (mesh.devices(), only) {
+        (1, only) => {
+            let buffer = match only {
+                Some(only) => read(&only.name)?
+                    .with_bytes(dtype, |b| Ok(client.buffer_from_bytes(b, dtype, &slot.shape, 0)?))?,
+                None => client.buffer_from_host(&stacked(slot, dtype, read)?, 0)?,
+            };
+            Ok(Sharded::new(dtype, slot.shape.clone(), sharding, vec![buffer], mesh)?)
+        }
+        (_, Some(only)) => {
+            let given = read(&only.name)?;
+            Sharded::place(client, mesh, what, &sharding, &mut |bounds| {
+                convert(cut(given.bytes(), given.dtype(), given.shape(), bounds)?, dtype)
+            })
+        }
+        (_, None) => {
+            let mut parts = stacked_parts(mesh, slot, dtype, read, &sharding)?.into_iter();
+            Sharded::place(client, mesh, what, &sharding, &mut |_| {
+                parts.next().ok_or_else(|| EngineError::Input("a part is missing".into()).into())
+            })
+        }
     }
-    Ok(client.buffer_from_host(&stacked(slot, dtype, read)?, 0)?)
+}
+
+/// The different parts of a stack, in the order of [`parts_of`].
+fn stacked_parts(
+    mesh: &Mesh,
+    slot: &Slot,
+    dtype: DType,
+    read: &dyn Fn(&str) -> Result<Given>,
+    sharding: &Sharding,
+) -> Result<Vec<HostArray>> {
+    let mut parts = Vec::new();
+    for part in parts_of(mesh, &slot.shape, sharding)? {
+        let shape: Vec<usize> = part.bounds.iter().map(|b| b.len()).collect();
+        parts.push((part.bounds, HostArray::zeros(dtype, shape)?));
+    }
+    for (i, member) in slot.members.iter().enumerate() {
+        let given = read(&member.name)?;
+        for (bounds, part) in &mut parts {
+            // No stack is cut along its leading dimension.
+            let one = convert(cut(given.bytes(), given.dtype(), given.shape(), &bounds[1..])?, dtype)?;
+            let inner = one.shape().dims().to_vec();
+            let at: Vec<_> = std::iter::once(i..i + 1).chain(inner.iter().map(|&n| 0..n)).collect();
+            let shape: Vec<usize> = std::iter::once(1).chain(inner).collect();
+            paste(part, &at, &HostArray::from_bytes(dtype, shape, one.bytes())?)?;
+        }
+    }
+    Ok(parts.into_iter().map(|(_, part)| part).collect())
 }
 
 /// The members of a slot in one array.
@@ -107,7 +167,7 @@ fn stacked(slot: &Slot, dtype: DType, read: &dyn Fn(&str) -> Result<Given>) -> R
     Ok(all)
 }
 
-/// Arrays of zeros on the device, all from one on the host.
+/// Arrays of zeros on the devices, all from one on the host.
 #[derive(Debug)]
 pub(crate) struct Zeros(HostArray);
 
@@ -117,8 +177,12 @@ impl Zeros {
         Ok(Zeros(HostArray::zeros(DType::U8, [sizes.max().unwrap_or(0)])?))
     }
 
-    pub(crate) fn place(&self, client: &Client, dtype: DType, shape: &Shape) -> Result<Buffer> {
-        let len = shape.elements() * dtype.size();
-        Ok(client.buffer_from_bytes(&self.0.bytes()[..len], dtype, shape, 0)?)
+    pub(crate) fn place(&self, client: &Client, mesh: &Mesh, slot: &Slot, dtype: DType) -> Result<Sharded> {
+        let sharding = sharding(slot);
+        let local = sharding.shard_shape(mesh, &slot.shape).map_err(EngineError::Input)?;
+        let zeros = &self.0.bytes()[..local.elements() * dtype.size()];
+        let parts = (0..mesh.devices()).map(|d| client.buffer_from_bytes(zeros, dtype, &local, d));
+        let parts = parts.collect::<std::result::Result<_, _>>()?;
+        Ok(Sharded::new(dtype, slot.shape.clone(), sharding, parts, mesh)?)
     }
 }

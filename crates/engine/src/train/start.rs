@@ -109,7 +109,8 @@ pub(super) fn identity(config: &Config, plan: &Plan) -> BTreeMap<String, serde_j
         ),
         ("train_layer_scalar".to_owned(), json!(config.optimizer.train_layer_scalar)),
         ("max_target_length".to_owned(), json!(step.seq)),
-        ("per_device_batch_size".to_owned(), json!(step.rows)),
+        // Of all devices: a run may go on with another number of them.
+        ("micro_batch_size_to_train_on".to_owned(), json!(step.rows)),
         ("gradient_accumulation_steps".to_owned(), json!(step.accumulation)),
     ])
 }
@@ -135,7 +136,8 @@ pub(super) fn peak_rate(runtime: &Runtime, plan: &Plan) -> Option<f64> {
     let kind = runtime.client().devices().first().map(|d| d.kind.clone()).unwrap_or_default();
     match peak::find(&kind).and_then(|d| d.flops_per_second(dtype.name())) {
         Some(rate) => Some(rate),
-        None => peak::measure(runtime, dtype).ok().map(|m| m.best_flops_per_second()),
+        // Virtual devices share what there is.
+        None => peak::measure(runtime, dtype).ok().map(|m| m.best_flops_per_second() / plan.devices() as f64),
     }
 }
 
@@ -146,7 +148,7 @@ pub(super) fn summary(plan: &Plan, config: &Config) -> String {
         flops: &plan.flops,
         // Measured after the first step, see `peak_rate`.
         peak_flops: None,
-        devices: 1,
+        devices: plan.devices(),
         memory: &plan.memory(),
         memory_limit: metrics::memory::machine().map(|m| m.total),
     })

@@ -137,8 +137,7 @@ pub fn train(
     let load = &config.checkpoint.load_parameters_path;
     let given = if load.is_empty() { None } else { Some(Model::open(Path::new(load))?) };
     let arch = architecture(config, given.as_ref())?;
-    // State is placed on one device so far: axes that ask for more are refused here.
-    let plan = Plan::on(config, arch, &config.mesh.resolve(1, 1)?)?;
+    let plan = Plan::on(config, arch, &config.mesh.resolve(runtime.client().devices().len(), 1)?)?;
 
     // Where the run stands.
     let checkpoints = run_dir.join("checkpoints");
