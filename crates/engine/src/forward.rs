@@ -1,18 +1,21 @@
-//! Forward runs of a model on a device: weights placed once, programs compiled once for every shape.
+//! Forward runs of a model on one device or a mesh of them: weights placed once, programs compiled once for every shape.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use gemma4::decoder::{FINAL, ForwardOptions, Trace, body_params, forward_program, head_program};
+use gemma4::Layout;
+use gemma4::forward::{FINAL, ForwardOptions, Trace, body_params, forward_program, head_program, sharding_of};
 use gemma4::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
+use graph::{Mesh, Sharding};
 use half::{bf16, f16};
 use pjrt::{Buffer, Executable, Placement};
 use rayon::prelude::*;
-use tensor::{DType, HostArray, Shape};
+use tensor::{DType, HostArray, ParamSpec, Shape};
 
 use crate::rows::RowTable;
 use crate::runtime::compile_options;
+use crate::shards::{self, Sharded, cut};
 use crate::{EngineError, Model, Result, Runtime};
 
 /// Rows of hidden states that go through the head at once: their f32 logits take 128 x 262144 x 4 = 128 MiB.
@@ -78,13 +81,15 @@ pub struct CompileTimes {
     pub total: Duration,
 }
 
-/// A model with its weights on a device, ready to run.
+/// A model with its weights on its devices, ready to run.
 #[derive(Debug)]
 pub struct Session<'r> {
     runtime: &'r Runtime,
     model: Arc<Model>,
     dtype: DType,
-    weights: HashMap<String, Buffer>,
+    /// Layers written out, on the mesh if there is one.
+    layout: Layout,
+    weights: HashMap<String, Sharded>,
     rows: Option<RowTable>,
     placed: Placed,
     programs: Mutex<Programs>,
@@ -106,29 +111,42 @@ impl<'r> Session<'r> {
     /// # Errors
     /// When the device has no room.
     pub fn new(runtime: &'r Runtime, model: Arc<Model>, dtype: DType) -> Result<Self> {
+        let layout = Layout::unrolled(model.arch());
+        Self::on(runtime, model, dtype, layout)
+    }
+
+    /// The same on the mesh of a layout with layers written out: every device gets its part of every weight, straight from the
+    /// file.
+    ///
+    /// # Errors
+    /// When the layout has loops, or a device has no room.
+    pub fn on(runtime: &'r Runtime, model: Arc<Model>, dtype: DType, layout: Layout) -> Result<Self> {
+        if layout.has_loops() {
+            return Err(EngineError::Input("layers must be written out".into()));
+        }
         if !matches!(dtype, DType::F32 | DType::F64 | DType::BF16) {
             return Err(EngineError::Input(format!("activations in {dtype} are not offered; use float32 or bfloat16")));
         }
-        let names: Vec<String> = body_params(model.arch()).map(|p| p.name).collect();
-        let buffers: Vec<(String, Buffer, Placement)> = names
+        let params: Vec<ParamSpec> = body_params(model.arch()).collect();
+        let arrays: Vec<(String, Sharded, Placement)> = params
             .into_par_iter()
-            .map(|name| {
-                let (buffer, placement) = place(runtime, &model, &name, dtype)?;
-                Ok((name, buffer, placement))
+            .map(|p| {
+                let (array, placement) = place_on(runtime, &model, &layout, &p, dtype)?;
+                Ok((p.name, array, placement))
             })
             .collect::<Result<_>>()?;
         let mut placed = Placed::default();
-        let mut weights = HashMap::with_capacity(buffers.len());
-        for (name, buffer, placement) in buffers {
-            placed.count(placement, buffer.size_in_bytes());
-            weights.insert(name, buffer);
+        let mut weights = HashMap::with_capacity(arrays.len());
+        for (name, array, placement) in arrays {
+            placed.count(placement, array.size_in_bytes());
+            weights.insert(name, array);
         }
         let rows = match model.arch().per_layer_input() {
             Some(_) => Some(RowTable::new(&model, EMBED_TOKENS_PER_LAYER)?),
             None => None,
         };
         placed.spooled_bytes = rows.as_ref().map_or(0, RowTable::spooled);
-        Ok(Session { runtime, model, dtype, weights, rows, placed, programs: Mutex::default() })
+        Ok(Session { runtime, model, dtype, layout, weights, rows, placed, programs: Mutex::default() })
     }
 
     /// The model.
@@ -162,27 +180,25 @@ impl<'r> Session<'r> {
     pub fn forward(&self, batch: &Batch, trace: Trace) -> Result<Hidden> {
         self.check(batch)?;
         let body = self.body_program(batch, trace)?;
-        let client = self.runtime.client();
         let shape: Shape = [batch.batch, batch.seq].into();
-        let int_input = |values: &[i32]| -> Result<Buffer> {
-            Ok(client.buffer_from_host(&HostArray::from_slice(shape.clone(), values)?, 0)?)
-        };
+        let int_input =
+            |values: &[i32]| -> Result<Sharded> { self.hand_over(HostArray::from_slice(shape.clone(), values)?) };
         let mut inputs = vec![int_input(&batch.ids)?];
         if let Some(rows) = &self.rows {
             // Ids were checked above.
             let rows = rows.gather(&batch.ids, [batch.batch, batch.seq, rows.columns()])?;
-            inputs.push(client.buffer_from_owned(rows, 0)?.0);
+            inputs.push(self.hand_over(rows)?);
         }
         if let Some(segments) = &batch.segments {
             inputs.push(int_input(segments)?);
         }
-        let arguments: Vec<&Buffer> =
+        let arguments: Vec<&Sharded> =
             inputs.iter().chain(body_params(self.model.arch()).map(|p| &self.weights[&p.name])).collect();
-        let outputs = body.executable.execute(&arguments)?;
+        let outputs = shards::execute(&body.executable, &arguments)?;
         let mut trace: BTreeMap<String, HostArray> = BTreeMap::new();
         let mut last = None;
         for (name, buffer) in body.outputs.iter().zip(outputs) {
-            let host = buffer.to_host()?;
+            let host = first(&buffer)?.to_host()?;
             if name == FINAL {
                 last = Some(host.clone());
             }
@@ -217,13 +233,27 @@ impl<'r> Session<'r> {
                 hidden.bytes_mut()[i * width..(i + 1) * width]
                     .copy_from_slice(&last.bytes()[row * width..(row + 1) * width]);
             }
-            let x = self.runtime.client().buffer_from_owned(hidden, 0)?.0;
-            let out = head.execute(&[&x, &self.weights[EMBED_TOKENS]])?;
-            let logits = out[0].to_host()?;
+            let x = self.hand_over(hidden)?;
+            let out = shards::execute(&head, &[&x, &self.weights[EMBED_TOKENS]])?;
+            let logits = first(out.first().map_or(&[], Vec::as_slice))?.to_host()?;
             let v = self.model.arch().vocab_size();
             each(chunk, &logits.as_slice::<f32>()?[..chunk.len() * v])?;
         }
         Ok(())
+    }
+
+    /// A host array, whole on every device.
+    fn hand_over(&self, host: HostArray) -> Result<Sharded> {
+        let (dtype, shape) = (host.dtype(), host.shape().clone());
+        let mesh = mesh_of(&self.layout);
+        let sharding = Sharding::replicated(shape.rank());
+        match mesh.devices() {
+            1 => {
+                let buffer = self.runtime.client().buffer_from_owned(host, 0)?.0;
+                Sharded::new(dtype, shape, sharding, vec![buffer], &mesh)
+            }
+            _ => Sharded::from_host(self.runtime.client(), &mesh, &host, &sharding),
+        }
     }
 
     fn check(&self, batch: &Batch) -> Result<()> {
@@ -251,7 +281,7 @@ impl<'r> Session<'r> {
     fn placed_dtype(&self, name: &str) -> DType {
         // The per-layer table is not placed; its rows come as they are stored.
         let rows = || self.rows.as_ref().map_or(self.dtype, RowTable::dtype);
-        self.weights.get(name).map_or_else(rows, Buffer::dtype)
+        self.weights.get(name).map_or_else(rows, Sharded::dtype)
     }
 
     fn body_program(&self, batch: &Batch, trace: Trace) -> Result<Arc<Body>> {
@@ -268,7 +298,7 @@ impl<'r> Session<'r> {
             positions: false,
             trace,
         };
-        let program = forward_program(self.model.arch(), &options, &|name| self.placed_dtype(name))?;
+        let program = forward_program(self.model.arch(), &self.layout, &options, &|name| self.placed_dtype(name))?;
         let outputs = program.outputs.iter().map(|o| o.name.clone()).collect();
         let executable = programs.compile(self.runtime, &program, self.dtype)?;
         let body = Arc::new(Body { executable, outputs });
@@ -281,7 +311,8 @@ impl<'r> Session<'r> {
         if let Some(executable) = programs.head.get(&rows) {
             return Ok(executable.clone());
         }
-        let program = head_program(self.model.arch(), rows, self.dtype, &|name| self.placed_dtype(name))?;
+        let stored = |name: &str| self.placed_dtype(name);
+        let program = head_program(self.model.arch(), &self.layout, rows, self.dtype, &stored)?;
         let executable = programs.compile(self.runtime, &program, self.dtype)?;
         programs.head.insert(rows, executable.clone());
         Ok(executable)
@@ -297,12 +328,61 @@ struct Body {
 
 impl Programs {
     fn compile(&mut self, runtime: &Runtime, program: &graph::Program, dtype: DType) -> Result<Arc<Executable>> {
-        let compiled = runtime.compile(program, &compile_options(dtype))?;
+        let devices = program.mesh().map_or(1, Mesh::devices);
+        let compiled = runtime.compile(program, &compile_options(dtype).partitioned(devices))?;
         self.times.programs += 1;
         self.times.cached += usize::from(compiled.cached);
         self.times.total += compiled.time;
         Ok(Arc::new(compiled.executable))
     }
+}
+
+/// A result that is whole on every device.
+fn first(parts: &[Buffer]) -> Result<&Buffer> {
+    parts.first().ok_or_else(|| EngineError::Input("the program gave fewer results than it should".into()))
+}
+
+fn mesh_of(layout: &Layout) -> Mesh {
+    layout.partition().map(|p| p.mesh().clone()).unwrap_or_default()
+}
+
+/// Puts a weight on the devices of a layout.
+fn place_on(
+    runtime: &Runtime,
+    model: &Model,
+    layout: &Layout,
+    p: &ParamSpec,
+    dtype: DType,
+) -> Result<(Sharded, Placement)> {
+    let mesh = mesh_of(layout);
+    let sharding = sharding_of(layout, p);
+    if mesh.devices() == 1 {
+        let (buffer, placement) = place(runtime, model, &p.name, dtype)?;
+        let array = Sharded::new(buffer.dtype(), p.shape.clone(), sharding, vec![buffer], &mesh)?;
+        return Ok((array, placement));
+    }
+    let client = runtime.client();
+    let (read, view);
+    let (from, bytes) = match model.mapped(&p.name) {
+        Some(v) => {
+            view = v;
+            (view.dtype, view.bytes.as_slice())
+        }
+        None => {
+            read = model.read(&p.name)?;
+            (read.dtype(), read.bytes())
+        }
+    };
+    let to = placed_as(from, dtype);
+    let array = Sharded::place(client, &mesh, (to, &p.shape), &sharding, &mut |bounds| {
+        let part = cut(bytes, from, &p.shape, bounds)?;
+        if to == from { Ok(part) } else { narrow(from, part.bytes(), part.shape().clone(), to) }
+    })?;
+    if let Some(view) = model.mapped(&p.name) {
+        // The copies are what runs; the file's pages would only count twice.
+        view.bytes.advise_dont_need();
+    }
+    Ok((array, Placement::Copied))
 }
 
 /// The dtype that a stored weight has on the device, for activations in `dtype`.

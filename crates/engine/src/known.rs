@@ -2,7 +2,7 @@
 //!
 //! Source: the golden records of the public repository ohdearquant/lattice, made with transformers at commit ab1771c9.
 
-use gemma4::decoder::Trace;
+use gemma4::forward::Trace;
 
 use crate::verify::{Tolerances, Verdict};
 use crate::{Batch, EngineError, Result, Session};

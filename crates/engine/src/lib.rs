@@ -15,6 +15,7 @@ pub mod hosts;
 pub mod init;
 pub mod kernels;
 pub mod known;
+pub mod mesh;
 pub mod metrics;
 pub mod model;
 pub mod peak;

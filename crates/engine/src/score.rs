@@ -4,7 +4,7 @@
 //! window's tokens from it on. Windows may overlap, so that tokens have more before them; each token counts once, in the
 //! first window that predicts it.
 
-use gemma4::decoder::Trace;
+use gemma4::forward::Trace;
 use rayon::prelude::*;
 
 use crate::compare::log_sum_exp;

@@ -149,6 +149,12 @@ impl Sharded {
         &self.shape
     }
 
+    /// Bytes on all devices together.
+    #[must_use]
+    pub fn size_in_bytes(&self) -> usize {
+        self.parts.iter().map(Buffer::size_in_bytes).sum()
+    }
+
     /// How it lies.
     #[must_use]
     pub fn sharding(&self) -> &Sharding {

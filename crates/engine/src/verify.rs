@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use gemma4::decoder::Trace;
+use gemma4::forward::Trace;
 use rayon::prelude::*;
 use serde::Serialize;
 use tensor::DType;

@@ -15,7 +15,8 @@ use tensor::{DType, ParamSpec, Shape};
 
 use crate::arch::{KvSource, LayerKind, PerKind};
 use crate::attention::{KeyPositions, KeyValues};
-use crate::decoder::{LOGITS, soft_cap};
+use crate::decoder::soft_cap;
+use crate::forward::LOGITS;
 use crate::layer::{LayerContext, LayerInput, LayerWeights, Weight, layer, own, products};
 use crate::layout::role;
 use crate::nn::{Angles, Result, of_layer, per_layer_inputs, rms_norm, scale_embedding};
@@ -50,7 +51,7 @@ pub mod input {
     /// Rows of the token table for every new token, `[b, t, d]`, in the dtype they are stored in.
     pub const EMBED_ROWS: &str = "embed_rows";
     /// Rows of the per-layer table for every new token, `[b, t, l * p]`, in the dtype they are stored in.
-    pub const PLE_ROWS: &str = crate::decoder::input::PLE_ROWS;
+    pub const PLE_ROWS: &str = crate::forward::input::PLE_ROWS;
     /// Tokens before the chunk, `[b]` i32.
     pub const START: &str = "start";
     /// Tokens of the chunk that count, `[b]` i32, 0 for a sequence that is left alone.

@@ -5,125 +5,17 @@
 
 use std::collections::HashMap;
 
-use graph::{Graph, GraphError, Program, Sharding, Value};
-use tensor::{DType, ParamSpec};
+use graph::{Graph, Sharding, Value};
+use tensor::DType;
 
 use crate::arch::{KvSource, LayerKind, PerKind};
 use crate::attention::KeyValues;
 use crate::layer::{LayerContext, LayerInput, LayerOutputs, LayerWeights, layer};
 use crate::layout::{Layout, Run, Slot, role};
 use crate::nn::{Angles, Result, of_layer, per_layer_inputs, project, rms_norm, scale_embedding, scale_f32, wide};
-use crate::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, param_table};
+use crate::params::EMBED_TOKENS;
 use crate::partition::{Spread, constrain, gather, names as axis};
 use crate::{Arch, PerLayerInput};
-
-/// What a forward program is built for.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ForwardOptions {
-    /// Sequences.
-    pub batch: usize,
-    /// Positions of each.
-    pub seq: usize,
-    /// Activation dtype: `F32` to prove, `BF16` for speed; `F64` does the arithmetic of an f32 model without its rounding.
-    pub dtype: DType,
-    /// Whether the program takes `segment_ids`: positions of different segments do not see each other.
-    pub segments: bool,
-    /// Whether the program takes `positions` (else 0, 1, 2, ... in every row).
-    pub positions: bool,
-    /// What it gives besides the final hidden state.
-    pub trace: Trace,
-}
-
-/// Intermediate values a forward program gives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Trace {
-    /// None.
-    None,
-    /// The embedding, per-layer inputs and the output of every layer.
-    Layers,
-    /// Those, and queries, keys, values, attention and MLP outputs of every layer.
-    Parts,
-}
-
-/// Names of program inputs that are not parameters.
-pub mod input {
-    /// Token ids, `[b, t]` i32.
-    pub const IDS: &str = "input_ids";
-    /// Rows of the per-layer table for every token, `[b, t, l * p]`, in the dtype they are stored in.
-    pub const PLE_ROWS: &str = "per_layer_rows";
-    /// Segments, `[b, t]` i32; 0 is padding by convention.
-    pub const SEGMENTS: &str = "segment_ids";
-    /// Positions, `[b, t]` i32.
-    pub const POSITIONS: &str = "positions";
-    /// Final hidden states, `[n, d]`, of the head program.
-    pub const HIDDEN: &str = "hidden";
-}
-
-/// Name of the output that holds the final hidden state, `[b, t, d]`, after the last norm.
-pub const FINAL: &str = "hidden.final";
-/// Name of the output that holds logits, `[n, v]` f32.
-pub const LOGITS: &str = "logits";
-
-/// Builds the program from token ids to the final hidden state.
-///
-/// Inputs, in order: `input_ids`, `per_layer_rows` (with per-layer embeddings), `segment_ids` and `positions` (if asked for),
-/// then every parameter of [`body_params`], each in the dtype that `stored` gives for it.
-///
-/// # Errors
-/// When a dtype in `stored` is not a float.
-pub fn forward_program(
-    arch: &Arch,
-    options: &ForwardOptions,
-    stored: &dyn Fn(&str) -> DType,
-) -> std::result::Result<Program, GraphError> {
-    let g = Graph::new("forward");
-    let (b, t) = (options.batch, options.seq);
-    let ids = g.input(input::IDS, DType::I32, [b, t])?;
-    let rows = match arch.per_layer_input() {
-        Some(p) => {
-            let dtype = stored(EMBED_TOKENS_PER_LAYER);
-            Some(g.input(input::PLE_ROWS, dtype, [b, t, arch.layers().len() * p.width])?)
-        }
-        None => None,
-    };
-    let segments = if options.segments { Some(g.input(input::SEGMENTS, DType::I32, [b, t])?) } else { None };
-    let positions = match options.positions {
-        true => g.input(input::POSITIONS, DType::I32, [b, t])?,
-        false => g.iota(DType::I32, [b, t], 1)?,
-    };
-    let weights = Weights::inputs(&g, body_params(arch), stored)?;
-    let layout = Layout::unrolled(arch);
-    let (dtype, remat) = (options.dtype, LayerRemat::Everything);
-    let decoder = Decoder { g: &g, arch, layout: &layout, weights: &weights, dtype, remat };
-    let out = decoder.run(&Tokens { ids, rows, segments, positions })?;
-    out.emit(&g, options.trace)?;
-    g.finish()
-}
-
-/// Builds the program from final hidden states `[n, d]` (activation dtype) to f32 logits `[n, v]`, soft cap included.
-///
-/// Inputs: `hidden`, then the token table.
-///
-/// # Errors
-/// When the dtype of the table is not a float.
-pub fn head_program(
-    arch: &Arch,
-    n: usize,
-    dtype: DType,
-    stored: &dyn Fn(&str) -> DType,
-) -> std::result::Result<Program, GraphError> {
-    let g = Graph::new("head");
-    let x = g.input(input::HIDDEN, dtype, [n, arch.hidden_size()])?;
-    let weights = Weights::inputs(&g, param_table(arch).into_iter().filter(|p| p.name == EMBED_TOKENS), stored)?;
-    let z = head(&g, arch, x, weights.cast(&g, EMBED_TOKENS, dtype)?)?;
-    g.output(LOGITS, g.convert(z, DType::F32)?)?;
-    g.finish()
-}
-
-/// The parameters a forward program takes, in order: all but the per-layer table, whose rows are gathered on the host.
-pub fn body_params(arch: &Arch) -> impl Iterator<Item = ParamSpec> {
-    param_table(arch).into_iter().filter(|p| p.name != EMBED_TOKENS_PER_LAYER)
-}
 
 /// How one parameter of a slot lies, between steps and in use.
 pub(crate) fn spread(layout: &Layout, slot: &Slot) -> Option<Spread> {
@@ -153,7 +45,7 @@ pub(crate) fn lookup(g: &Graph, layout: &Layout, name: &str, table: Value, ids: 
 }
 
 /// Tied head and soft cap.
-fn head(g: &Graph, arch: &Arch, x: Value, table: Value) -> Result<Value> {
+pub(crate) fn head(g: &Graph, arch: &Arch, x: Value, table: Value) -> Result<Value> {
     soft_cap(g, arch, project(g, x, table, g.dtype(x))?)
 }
 
@@ -178,16 +70,6 @@ pub(crate) struct Weights(HashMap<String, Value>);
 impl Weights {
     pub(crate) fn new(values: HashMap<String, Value>) -> Self {
         Weights(values)
-    }
-
-    fn inputs(g: &Graph, params: impl Iterator<Item = ParamSpec>, stored: &dyn Fn(&str) -> DType) -> Result<Self> {
-        params
-            .map(|p| {
-                let v = g.input(&p.name, stored(&p.name), p.shape)?;
-                Ok((p.name, v))
-            })
-            .collect::<Result<_>>()
-            .map(Weights)
     }
 
     /// The parameter as stored. The names asked for are those of the table that the map was made from.
@@ -235,38 +117,12 @@ pub(crate) struct Tokens {
 
 /// Everything a forward pass computed that someone may ask for.
 pub(crate) struct Outputs {
-    embed: Value,
-    ple: Option<Value>,
+    pub(crate) embed: Value,
+    pub(crate) ple: Option<Value>,
     /// Of the layers that are written out and not computed again.
-    layers: Vec<LayerOutputs>,
+    pub(crate) layers: Vec<LayerOutputs>,
     /// After the last norm.
     pub(crate) last: Value,
-}
-
-impl Outputs {
-    fn emit(&self, g: &Graph, trace: Trace) -> Result<()> {
-        g.output(FINAL, self.last)?;
-        if trace == Trace::None {
-            return Ok(());
-        }
-        g.output("hidden.embed", self.embed)?;
-        if let Some(ple) = self.ple {
-            g.output("ple", ple)?;
-        }
-        for (i, layer) in self.layers.iter().enumerate() {
-            g.output(&format!("hidden.{i}"), layer.hidden)?;
-            if trace == Trace::Parts {
-                g.output(&format!("trace.{i}.q"), layer.attention.q)?;
-                if let Some((k, v)) = layer.attention.kv {
-                    g.output(&format!("trace.{i}.k"), k)?;
-                    g.output(&format!("trace.{i}.v"), v)?;
-                }
-                g.output(&format!("trace.{i}.attn"), layer.attn)?;
-                g.output(&format!("trace.{i}.mlp"), layer.mlp)?;
-            }
-        }
-        Ok(())
-    }
 }
 
 /// What the layers share while the program is built.

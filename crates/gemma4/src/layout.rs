@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use graph::Sharding;
+use graph::{Graph, GraphError, Sharding};
 use tensor::{ParamSpec, Shape};
 
 use crate::Arch;
@@ -146,6 +146,19 @@ impl Layout {
         }
         self.partition = Some(Arc::new(partition));
         Ok(self)
+    }
+
+    /// A graph on the layout's mesh, if it has one.
+    ///
+    /// # Errors
+    /// When the mesh is not one.
+    pub fn graph(&self, name: &str) -> Result<Graph, GraphError> {
+        let g = Graph::new(name);
+        if let Some(p) = self.partition() {
+            let axes: Vec<(&str, usize)> = p.mesh().axes().iter().map(|(n, s)| (n.as_str(), *s)).collect();
+            g.set_mesh(&axes)?;
+        }
+        Ok(g)
     }
 
     /// The mesh and its rules, where there are several devices.

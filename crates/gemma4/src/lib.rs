@@ -20,6 +20,7 @@ pub mod cached;
 pub mod called;
 pub mod decoder;
 pub mod flops;
+pub mod forward;
 mod from_config;
 pub mod hf;
 pub mod layer;

@@ -22,6 +22,7 @@ pub(crate) mod verify;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use ::config::{Category, Config, Filter, Mesh, Sources};
 use engine::convert::{Checkpoint, Convention, Hints, Weights};
 use engine::{EngineError, Model, Runtime, RuntimeOptions};
 
@@ -141,6 +142,22 @@ pub(crate) struct ArchArgs {
 }
 
 impl ArchArgs {
+    fn resolved(&self) -> Result<Config, Failure> {
+        let sources = Sources::from_args(self.words.iter().cloned()).with_process_environment();
+        sources.resolve().map_err(Failure::usage)
+    }
+
+    /// Whether any word says something of the model's shape.
+    fn tells_a_model(&self) -> Result<bool, Failure> {
+        let config = self.resolved()?;
+        Ok(config.raw().show(Filter::Category(Category::Model)).iter().any(|s| s.is_set()))
+    }
+
+    /// The devices that the words ask for.
+    pub(crate) fn mesh(&self) -> Result<Mesh, Failure> {
+        Ok(self.resolved()?.mesh)
+    }
+
     /// Opens a model and says what was found. `base` tells the architecture where nothing else does.
     pub(crate) fn open(&self, ui: &Ui, path: &Path, base: Option<&Model>) -> Result<Model, Failure> {
         let checkpoint = Checkpoint::open(path)?;
@@ -148,7 +165,7 @@ impl ArchArgs {
         let hints = if checkpoint.convention() == Convention::Hf {
             Hints::default()
         } else {
-            let arch = if self.words.is_empty() { None } else { Some(init::arch_of(&self.words)?) };
+            let arch = if self.tells_a_model()? { Some(init::arch_of(&self.words)?) } else { None };
             Hints { config: self.config.as_deref(), arch, base: base.map(Model::weights) }
         };
         let weights = Weights::find(checkpoint, &hints).map_err(|e| match e {

@@ -22,7 +22,7 @@ use engine::train::{Event, TrainOptions, train};
 use engine::verify::{Tolerances, against_golden};
 use engine::{Model, Runtime, Session};
 use gemma4::arch::KvSource;
-use gemma4::decoder::Trace;
+use gemma4::forward::Trace;
 use serde_json::{Value, json};
 use tensor::DType;
 

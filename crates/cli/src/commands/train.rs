@@ -130,7 +130,10 @@ fn collectives(stats: &HloStats) -> Vec<String> {
     };
     let mut lines: Vec<String> = stats.collectives.iter().map(line).collect();
     if stats.unknown_loops > 0 {
-        lines.push(format!("  bodies of {} loops are counted once: they do not tell how often they run", stats.unknown_loops));
+        lines.push(format!(
+            "  bodies of {} loops are counted once: they do not tell how often they run",
+            stats.unknown_loops
+        ));
     }
     lines
 }

@@ -7,7 +7,8 @@ use std::time::Instant;
 use engine::golden::Golden;
 use engine::verify::{Tolerances, Verdict, against_golden, against_model, default_trace_tolerance, probe_batches};
 use engine::{Batch, Model, Runtime, Session, known};
-use gemma4::decoder::Trace;
+use gemma4::Layout;
+use gemma4::forward::Trace;
 use serde_json::json;
 use tensor::DType;
 
@@ -17,7 +18,8 @@ use crate::ui::{Ui, bytes, seconds};
 /// Prove that a checkpoint computes what a reference computes.
 ///
 /// Runs the model on XLA and compares its logits, token by token, with stored ones of another implementation (a golden
-/// file), with a second checkpoint, or with the published answers of the real Gemma 4 E2B-it.
+/// file), with a second checkpoint, or with the published answers of the real Gemma 4 E2B-it. With keys of parallelism
+/// (ici_fsdp_parallelism=8 ...) weights and work are spread over devices, virtual ones on a CPU: to prove a mesh.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
@@ -80,6 +82,7 @@ Examples:
   lapidary verify ./converted --against ./original --lengths 16,600
   lapidary verify ./run/checkpoints/900 --golden e2b.safetensors model_name=gemma4-e2b
   lapidary verify ./gemma-4-E2B-it --known-answers
+  lapidary verify ./gemma-4-E2B-it --golden e2b.safetensors ici_fsdp_parallelism=4 ici_tensor_parallelism=2
 
 scripts/golden_from_hf.py makes a golden file from any Hugging Face directory and prompts.
 Exit code 0: within tolerance. 1: outside, or failed while running. 2: bad usage.";
@@ -107,14 +110,16 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     if bad(tolerances.max_kl_div) || bad(tolerances.trace) || tolerances.max_abs_diff.is_some_and(bad) {
         return Err(Failure::usage("tolerances must not be negative"));
     }
-    let runtime = args.engine.start(ui)?;
+    let mesh = args.arch.mesh()?;
+    let runtime = args.engine.start_on(ui, mesh.cpu_devices())?;
+    let spread = |model: &Model| lay_out(&runtime, &mesh, model);
     let tokens = match &golden {
         Some(g) => g.sequences.iter().map(|s| s.ids.len()).sum(),
         None => args.lengths.iter().sum(),
     };
     let compute = compute_dtype(args, &model, tokens);
     let start = Instant::now();
-    let session = place(ui, &runtime, &model, compute)?;
+    let session = place_on(ui, &runtime, &model, compute, spread(&model)?)?;
     let trace = if args.trace { Trace::Parts } else { Trace::None };
     let mut verdict = if args.known_answers {
         known::against_known_answers(&session, tolerances)?
@@ -124,7 +129,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         if args.lengths.contains(&0) {
             return Err(Failure::usage("--lengths: a sequence needs at least one token"));
         }
-        let reference = place(ui, &runtime, other, compute)?;
+        let reference = place_on(ui, &runtime, other, compute, spread(other)?)?;
         let batches: Vec<(String, Batch)> = probe_batches(&session, &args.lengths);
         against_model(&session, &reference, &batches, tolerances, trace)?
     } else {
@@ -156,7 +161,7 @@ fn compute_dtype(args: &Args, model: &Model, tokens: usize) -> DType {
     if args.dtype != DType::F32 {
         return args.dtype;
     }
-    let weights: u64 = gemma4::decoder::body_params(model.arch()).map(|p| p.shape.elements() as u64).sum();
+    let weights: u64 = gemma4::forward::body_params(model.arch()).map(|p| p.shape.elements() as u64).sum();
     let small = weights.saturating_mul(tokens as u64) < SMALL;
     match args.arithmetic {
         Arithmetic::Float64 => DType::F64,
@@ -177,6 +182,13 @@ fn models(ui: &Ui, args: &Args) -> Result<(Arc<Model>, Option<Arc<Model>>), Fail
     Ok((Arc::new(model), Some(Arc::new(reference))))
 }
 
+/// The model's layers, written out, on the devices of a mesh.
+fn lay_out(runtime: &Runtime, mesh: &config::Mesh, model: &Model) -> Result<Layout, Failure> {
+    let shape = mesh.resolve(runtime.client().devices().len(), 1).map_err(Failure::usage)?;
+    let partition = engine::mesh::partition(mesh, &shape).map_err(Failure::usage)?;
+    engine::mesh::lay_out(Layout::unrolled(model.arch()), mesh, partition, model.arch()).map_err(Failure::usage)
+}
+
 /// Places a model's weights and says how.
 pub(crate) fn place<'r>(
     ui: &Ui,
@@ -184,9 +196,21 @@ pub(crate) fn place<'r>(
     model: &Arc<Model>,
     dtype: DType,
 ) -> Result<Session<'r>, Failure> {
+    place_on(ui, runtime, model, dtype, Layout::unrolled(model.arch()))
+}
+
+/// The same on the mesh of a layout.
+fn place_on<'r>(
+    ui: &Ui,
+    runtime: &'r Runtime,
+    model: &Arc<Model>,
+    dtype: DType,
+    layout: Layout,
+) -> Result<Session<'r>, Failure> {
     let spinner = ui.spinner("placing weights");
     let start = Instant::now();
-    let session = Session::new(runtime, model.clone(), dtype)?;
+    let devices = layout.partition().map_or(1, |p| p.mesh().devices());
+    let session = Session::on(runtime, model.clone(), dtype, layout)?;
     spinner.finish_and_clear();
     let p = session.placed();
     ui.say(format!(
@@ -195,6 +219,9 @@ pub(crate) fn place<'r>(
         bytes(p.mapped_bytes as u64),
         bytes(p.copied_bytes as u64)
     ));
+    if devices > 1 {
+        ui.say(format!("{devices} devices share them"));
+    }
     if p.spooled_bytes > 0 {
         ui.say(format!(
             "the per-layer table cannot be used where it is stored: {} went to a temporary file",

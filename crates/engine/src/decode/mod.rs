@@ -11,7 +11,7 @@ use std::time::Duration;
 use ::kernels::Format;
 use gemma4::LayerKind;
 use gemma4::cached::{CacheArray, CachedOptions, cache_arrays, input, ring};
-use gemma4::decoder::body_params;
+use gemma4::forward::body_params;
 use gemma4::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
 use pjrt::Buffer;
 use tensor::{DType, HostArray, Shape};

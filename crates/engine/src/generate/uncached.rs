@@ -5,7 +5,7 @@
 use std::borrow::Borrow;
 use std::marker::PhantomData;
 
-use gemma4::decoder::Trace;
+use gemma4::forward::Trace;
 
 use super::{LanguageModel, check_feed};
 use crate::{Batch, Result, Session};

@@ -12,8 +12,8 @@ use super::TrainError;
 use super::plan::Plan;
 use super::source::{Source, Zeros, place, sharding};
 use super::step::{
-    PerLayerTable, Scalars, StepOptions, StepSums, batch_sharding, eval_program, step_program,
-    summed_gradient_program, update_program,
+    PerLayerTable, Scalars, StepOptions, StepSums, batch_sharding, eval_program, step_program, summed_gradient_program,
+    update_program,
 };
 use super::table::{HostTable, Needed};
 use crate::data::TokenBatch;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::EngineError;
 use crate::data::DataError;
+use crate::mesh::MeshError;
 use crate::metrics::MetricsError;
 use crate::train_state::StateError;
 
@@ -97,6 +98,12 @@ macro_rules! through_engine {
             }
         }
     )+};
+}
+
+impl From<MeshError> for TrainError {
+    fn from(MeshError { key, reason }: MeshError) -> Self {
+        TrainError::Key { key, reason }
+    }
 }
 
 through_engine!(pjrt::PjrtError, graph::GraphError, tensor::HostError);

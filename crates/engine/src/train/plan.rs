@@ -6,7 +6,6 @@ use gemma4::layer::names;
 use gemma4::layout::{Layout, Slot};
 use gemma4::loss::{HeadGradient, LossOptions};
 use gemma4::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
-use gemma4::partition::{Partition, Rules};
 use gemma4::{Arch, Flops, param_table};
 use regex::Regex;
 use tensor::{DType, ParamSpec, Part};
@@ -366,9 +365,7 @@ fn partitioned(
     (rows, eval_rows): (usize, usize),
 ) -> Result<Layout, TrainError> {
     let key = |key: &'static str, reason: String| TrainError::Key { key, reason };
-    let m = &config.mesh;
-    let rules = if m.only_rules { Rules::only(m.rules.clone()) } else { Rules::replacing(&m.rules) };
-    let partition = Partition::new(&mesh.sizes(), rules).map_err(|e| key("logical_axis_rules", e.to_string()))?;
+    let partition = crate::mesh::partition(&config.mesh, mesh)?;
     let (batch, length) = (partition.batch_parts(), partition.length_parts());
     for (name, rows) in [("per_device_batch_size", rows), ("eval_per_device_batch_size", eval_rows)] {
         if !rows.is_multiple_of(batch) {
@@ -384,29 +381,7 @@ fn partitioned(
         let reason = format!("{seq} is not divisible by {length}, the devices that share a sequence");
         return Err(key("max_target_length", reason));
     }
-    let first = m.ici.iter().zip(&m.dcn).position(|(i, d)| *i > 1 || *d > 1);
-    let axis = first.map_or("ici_fsdp_parallelism", |i| {
-        [
-            "ici_data_parallelism",
-            "ici_fsdp_parallelism",
-            "ici_fsdp_transpose_parallelism",
-            "ici_context_parallelism",
-            "ici_tensor_parallelism",
-            "ici_tensor_sequence_parallelism",
-        ][i]
-    });
-    let (whole, largest) = partition.whole_share(arch).map_err(|e| key(axis, e.to_string()))?;
-    if whole > m.sharding_tolerance {
-        let reason = format!(
-            "{:.1} % of the parameters would lie whole on every device, more than {:.1} %; the largest is {}; change \
-             logical_axis_rules or raise this",
-            whole * 100.0,
-            m.sharding_tolerance * 100.0,
-            largest.unwrap_or_default()
-        );
-        return Err(key("sharding_tolerance", reason));
-    }
-    layout.partitioned(partition).map_err(|e| key(axis, e.to_string()))
+    Ok(crate::mesh::lay_out(layout, &config.mesh, partition, arch)?)
 }
 
 /// Frozen parameters are only ever read in the activation dtype.

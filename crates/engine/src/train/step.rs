@@ -370,7 +370,7 @@ pub fn step_program(
     options: &StepOptions,
     role: &dyn Fn(&Slot) -> Role,
 ) -> Result<Program> {
-    let g = on_mesh("train_step", layout)?;
+    let g = layout.graph("train_step")?;
     let b = Builder { g: &g, arch, layout, options, role };
     let params = b.parameters(true)?;
     let trained = b.trained();
@@ -396,7 +396,7 @@ pub fn gradient_program(
     options: &StepOptions,
     role: &dyn Fn(&Slot) -> Role,
 ) -> Result<Program> {
-    let g = on_mesh("gradients", layout)?;
+    let g = layout.graph("gradients")?;
     let b = Builder { g: &g, arch, layout, options, role };
     let inputs = b.inputs(options.accumulation)?;
     let slots = b.trained();
@@ -417,22 +417,12 @@ pub fn eval_program(
     options: &StepOptions,
     role: &dyn Fn(&Slot) -> Role,
 ) -> Result<Program> {
-    let g = on_mesh("eval", layout)?;
+    let g = layout.graph("eval")?;
     let b = Builder { g: &g, arch, layout, options, role };
     let inputs = b.inputs(1)?;
     let sums = b.sums(&g, &inputs.params, &only(&g, &inputs.batch)?, HeadGradient::None)?;
     b.plain_sums(&sums)?;
     g.finish()
-}
-
-/// A graph on the layout's mesh, if it has one.
-fn on_mesh(name: &str, layout: &Layout) -> Result<Graph> {
-    let g = Graph::new(name);
-    if let Some(p) = layout.partition() {
-        let axes: Vec<(&str, usize)> = p.mesh().axes().iter().map(|(n, s)| (n.as_str(), *s)).collect();
-        g.set_mesh(&axes)?;
-    }
-    Ok(g)
 }
 
 /// How a batch field `[accumulation, rows, seq, ..]` lies on the layout's mesh.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use engine::Session;
 use engine::verify::probe_batches;
 use gemma4::Flops;
-use gemma4::decoder::Trace;
+use gemma4::forward::Trace;
 use serde_json::json;
 use tensor::DType;
 

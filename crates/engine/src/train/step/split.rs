@@ -8,7 +8,7 @@ use gemma4::loss::LossSums;
 use graph::{InputOptions, Program, Value};
 use tensor::{DType, Shape};
 
-use super::{Builder, Result, Role, StepOptions, names, on_mesh};
+use super::{Builder, Result, Role, StepOptions, names};
 
 /// Gradients of the **summed** loss by every trained slot, in f32, and [`super::StepSums`] without norms. Sums of several
 /// processes add up to those of the whole batch.
@@ -23,7 +23,7 @@ pub fn summed_gradient_program(
     options: &StepOptions,
     role: &dyn Fn(&Slot) -> Role,
 ) -> Result<Program> {
-    let g = on_mesh("summed_gradients", layout)?;
+    let g = layout.graph("summed_gradients")?;
     let b = Builder { g: &g, arch, layout, options, role };
     let inputs = b.inputs(options.accumulation)?;
     let slots = b.trained();
@@ -46,7 +46,7 @@ pub fn update_program(
     options: &StepOptions,
     role: &dyn Fn(&Slot) -> Role,
 ) -> Result<Program> {
-    let g = on_mesh("update", layout)?;
+    let g = layout.graph("update")?;
     let b = Builder { g: &g, arch, layout, options, role };
     let params: HashMap<String, Value> = b.parameters(true)?;
     let trained = b.trained();
