@@ -177,6 +177,8 @@ pub struct Partition {
     rules: Rules,
     /// Mesh axes along which devices hold different tokens.
     token_axes: Vec<String>,
+    /// Whether a dimension that does not divide is cut over fewer axes instead of being refused.
+    lenient: bool,
 }
 
 /// How a parameter lies between steps, and while it is used.
@@ -199,12 +201,19 @@ impl Partition {
         let kept: Vec<(&str, usize)> =
             all.axes().iter().filter(|(_, s)| *s > 1).map(|(n, s)| (n.as_str(), *s)).collect();
         let mesh = Mesh::new(&kept).map_err(PartitionError::Mesh)?;
-        let mut partition = Partition { mesh, rules, token_axes: Vec::new() };
+        let mut partition = Partition { mesh, rules, token_axes: Vec::new(), lenient: false };
         let [batch, length] = &partition.rules.assign(&partition.mesh, &[names::BATCH, names::LENGTH])[..] else {
             unreachable!("one list for each name")
         };
         partition.token_axes = [&batch[..], length].concat();
         Ok(partition)
+    }
+
+    /// The same, where a dimension of a parameter that does not divide is cut over fewer axes: any model runs on any mesh, at the
+    /// price of memory.
+    #[must_use]
+    pub fn lenient(self) -> Self {
+        Partition { lenient: true, ..self }
     }
 
     /// The mesh, without axes of size 1.
@@ -258,12 +267,12 @@ impl Partition {
     /// devices.
     ///
     /// # Errors
-    /// When another dimension does not divide.
+    /// When another dimension does not divide, and the partition is not [`lenient`](Self::lenient).
     pub fn parameter(&self, spec: &ParamSpec) -> Result<Sharding, PartitionError> {
         let logical: Vec<&str> = spec.axes.iter().map(|a| a.name()).collect();
         let mut assigned = self.rules.assign(&self.mesh, &logical);
         for ((axes, &axis), &size) in assigned.iter_mut().zip(&spec.axes).zip(spec.maxtext_shape.dims()) {
-            if matches!(axis, Axis::KvHeads | Axis::Norm) {
+            if self.lenient || matches!(axis, Axis::KvHeads | Axis::Norm) {
                 self.shorten(axes, size);
             }
             let parts = self.parts(axes);

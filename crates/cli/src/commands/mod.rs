@@ -22,7 +22,7 @@ pub(crate) mod verify;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use ::config::{Category, Config, Filter, Mesh, Sources};
+use ::config::{Category, Filter, Mesh, Sources};
 use engine::convert::{Checkpoint, Convention, Hints, Weights};
 use engine::{EngineError, Model, Runtime, RuntimeOptions};
 
@@ -142,20 +142,19 @@ pub(crate) struct ArchArgs {
 }
 
 impl ArchArgs {
-    fn resolved(&self) -> Result<Config, Failure> {
-        let sources = Sources::from_args(self.words.iter().cloned()).with_process_environment();
-        sources.resolve().map_err(Failure::usage)
-    }
-
     /// Whether any word says something of the model's shape.
-    fn tells_a_model(&self) -> Result<bool, Failure> {
-        let config = self.resolved()?;
-        Ok(config.raw().show(Filter::Category(Category::Model)).iter().any(|s| s.is_set()))
+    fn tells_a_model(&self) -> bool {
+        let raw = Sources::from_args(self.words.iter().cloned()).with_process_environment().load();
+        raw.show(Filter::Category(Category::Model)).iter().any(|s| s.is_set())
     }
 
     /// The devices that the words ask for.
     pub(crate) fn mesh(&self) -> Result<Mesh, Failure> {
-        Ok(self.resolved()?.mesh)
+        // The checkpoint tells its shape; a configuration is not complete without one, and devices do not depend on it.
+        let stand_in = (!self.tells_a_model()).then(|| "model_name=tiny-e2b".to_owned());
+        let words = self.words.iter().cloned().chain(stand_in);
+        let config = Sources::from_args(words).with_process_environment().resolve().map_err(Failure::usage)?;
+        Ok(config.mesh)
     }
 
     /// Opens a model and says what was found. `base` tells the architecture where nothing else does.
@@ -165,7 +164,7 @@ impl ArchArgs {
         let hints = if checkpoint.convention() == Convention::Hf {
             Hints::default()
         } else {
-            let arch = if self.tells_a_model()? { Some(init::arch_of(&self.words)?) } else { None };
+            let arch = if self.tells_a_model() { Some(init::arch_of(&self.words)?) } else { None };
             Hints { config: self.config.as_deref(), arch, base: base.map(Model::weights) }
         };
         let weights = Weights::find(checkpoint, &hints).map_err(|e| match e {

@@ -185,8 +185,9 @@ fn models(ui: &Ui, args: &Args) -> Result<(Arc<Model>, Option<Arc<Model>>), Fail
 /// The model's layers, written out, on the devices of a mesh.
 fn lay_out(runtime: &Runtime, mesh: &config::Mesh, model: &Model) -> Result<Layout, Failure> {
     let shape = mesh.resolve(runtime.client().devices().len(), 1).map_err(Failure::usage)?;
-    let partition = engine::mesh::partition(mesh, &shape).map_err(Failure::usage)?;
-    engine::mesh::lay_out(Layout::unrolled(model.arch()), mesh, partition, model.arch()).map_err(Failure::usage)
+    // A proof has no memory to save: any model may be spread over any mesh as far as it divides.
+    let partition = engine::mesh::partition(mesh, &shape).map_err(Failure::usage)?.lenient();
+    Layout::unrolled(model.arch()).partitioned(partition).map_err(Failure::usage)
 }
 
 /// Places a model's weights and says how.
@@ -220,7 +221,8 @@ fn place_on<'r>(
         bytes(p.copied_bytes as u64)
     ));
     if devices > 1 {
-        ui.say(format!("{devices} devices share them"));
+        let share = p.copied_bytes as f64 / devices as f64;
+        ui.say(format!("{devices} devices share them: {} on each on average", bytes(share as u64)));
     }
     if p.spooled_bytes > 0 {
         ui.say(format!(
