@@ -6,6 +6,7 @@
 mod config;
 mod convert;
 mod convert_faults;
+mod devices;
 mod doctor;
 mod flops;
 mod generate;

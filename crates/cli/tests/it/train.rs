@@ -12,13 +12,13 @@ use serde_json::Value;
 use super::{Run, command, lapidary, run};
 
 /// One run at a time: they all use the same program, which the first one compiles and the others find in the cache.
-fn alone() -> MutexGuard<'static, ()> {
+pub(super) fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Text with packing and shuffling, so that a resumed run has a place in the data to find.
-fn write_text(dir: &Path) {
+pub(super) fn write_text(dir: &Path) {
     let words = ["amber", "basalt", "cobalt", "dolomite", "emerald", "flint", "garnet"];
     let line = |i: usize| {
         let n = 2 + i * 7 % 11;
@@ -60,7 +60,7 @@ fn words(dir: &Path, name: &str, more: &[&str]) -> Vec<String> {
     words
 }
 
-fn train(dir: &Path, name: &str, more: &[&str]) -> Run {
+pub(super) fn train(dir: &Path, name: &str, more: &[&str]) -> Run {
     let words = words(dir, name, more);
     lapidary(&words.iter().map(String::as_str).collect::<Vec<_>>())
 }
@@ -94,7 +94,7 @@ fn files(checkpoint: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 /// Step and exact loss of every line of `metrics.jsonl`.
-fn losses(run: &Path) -> Vec<(u64, f64)> {
+pub(super) fn losses(run: &Path) -> Vec<(u64, f64)> {
     let text = fs_err::read_to_string(run.join("metrics/metrics.jsonl")).unwrap();
     let rows = text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap());
     rows.map(|v| (v["step"].as_u64().unwrap(), v["learning/loss"].as_f64().unwrap())).collect()

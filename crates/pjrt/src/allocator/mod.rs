@@ -57,12 +57,12 @@ pub fn trim_allocator() {
     }
 }
 
-/// Keeps plugins from writing informational lines to standard error; warnings and errors remain. A value the user
-/// has set stays. To be called at the start of `main`, before other threads run and before a plugin is loaded.
+/// Keeps plugins from writing information and warnings to standard error, which are for those who build them; errors remain. A
+/// value the user has set stays. To be called at the start of `main`, before other threads run and before a plugin is loaded.
 ///
 /// Returns whether the setting is in place: see [`set_environment`].
 pub fn quiet_plugins() -> bool {
-    set_environment(&[("TF_CPP_MIN_LOG_LEVEL", "1")])
+    set_environment(&[("TF_CPP_MIN_LOG_LEVEL", "2")])
 }
 
 /// Sets environment variables that plugins read when they are loaded; values that are set already stay. To be called at
