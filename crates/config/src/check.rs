@@ -67,6 +67,10 @@ impl Check<'_> {
             return false;
         }
         if !self.is_set("model_name") {
+            if self.is_set("load_parameters_path") {
+                // The checkpoint tells its shape.
+                return false;
+            }
             let models: Vec<&str> = files::builtin_models().collect();
             let hint = format!("add `model_name=` with {}", listed(&models));
             self.report_hint("model_name", "no model is chosen", hint);

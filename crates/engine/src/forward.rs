@@ -374,7 +374,7 @@ fn place_on(
         }
     };
     let to = placed_as(from, dtype);
-    let array = Sharded::place(client, &mesh, (to, &p.shape), &sharding, &mut |bounds| {
+    let array = Sharded::place(client, &mesh, (to, &p.shape), &sharding, shards::Memory::Host, &mut |bounds| {
         let part = cut(bytes, from, &p.shape, bounds)?;
         if to == from { Ok(part) } else { narrow(from, part.bytes(), part.shape().clone(), to) }
     })?;

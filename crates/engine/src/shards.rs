@@ -8,6 +8,15 @@ use tensor::{DType, HostArray, Shape};
 
 use crate::{EngineError, Result};
 
+/// Whose memory a placed array is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Memory {
+    /// The device's own: a program may take it over.
+    Device,
+    /// The host's, where the device can read that, as a CPU does: nothing is copied, and no program may take it over.
+    Host,
+}
+
 /// Gives the part of an array within bounds.
 pub type Cut<'a, E> = dyn FnMut(&[Range<usize>]) -> std::result::Result<HostArray, E> + 'a;
 
@@ -98,8 +107,8 @@ impl Sharded {
         Ok(Sharded { dtype, shape, sharding, parts })
     }
 
-    /// Makes one part after the other and copies it to every device that holds it, into memory of the device's own: a step may
-    /// take it over. `part` is asked for the part within bounds, once for each different part.
+    /// Makes one part after the other and puts it on every device that holds it. `part` is asked for the part within bounds, once
+    /// for each different part.
     ///
     /// # Errors
     /// When the sharding does not fit, `part` fails, or the device refuses.
@@ -108,6 +117,7 @@ impl Sharded {
         mesh: &Mesh,
         (dtype, shape): (DType, &Shape),
         sharding: &Sharding,
+        memory: Memory,
         part: &mut Cut<'_, E>,
     ) -> std::result::Result<Self, E> {
         let mut parts: Vec<Option<Buffer>> = (0..mesh.devices()).map(|_| None).collect();
@@ -116,8 +126,15 @@ impl Sharded {
             if host.dtype() != dtype || *host.shape() != shape_of(&bounds) {
                 return Err(EngineError::Input(format!("a part is {}{}", host.dtype(), host.shape())).into());
             }
-            for device in devices {
+            let (last, others) = match (memory, devices.split_last()) {
+                (Memory::Host, Some((&last, others))) => (Some(last), others),
+                _ => (None, &devices[..]),
+            };
+            for &device in others {
                 parts[device] = Some(client.buffer_from_host(&host, device).map_err(EngineError::from)?);
+            }
+            if let Some(device) = last {
+                parts[device] = Some(client.buffer_from_owned(host, device).map_err(EngineError::from)?.0);
             }
         }
         let parts = parts.into_iter().flatten().collect();
@@ -134,7 +151,9 @@ impl Sharded {
             let parts = vec![client.buffer_from_host(host, 0)?];
             return Self::new(what.0, what.1.clone(), sharding.clone(), parts, mesh);
         }
-        Self::place(client, mesh, what, sharding, &mut |b| cut(host.bytes(), host.dtype(), host.shape(), b))
+        Self::place(client, mesh, what, sharding, Memory::Device, &mut |b| {
+            cut(host.bytes(), host.dtype(), host.shape(), b)
+        })
     }
 
     /// The element type.

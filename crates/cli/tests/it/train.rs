@@ -237,3 +237,24 @@ fn keys_may_come_from_a_file() {
     let r = run(command(&["train", file.to_str().unwrap(), "tokenizer_path=bytes"])).exits(1);
     assert!(r.stderr.contains("nowhere.txt"), "{}", r.stderr);
 }
+
+#[test]
+fn a_checkpoint_tells_its_own_model() {
+    let dir = tempfile::tempdir().unwrap();
+    write_text(dir.path());
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/grads/model");
+    let (model, out) = (model.to_str().unwrap(), dir.path().to_str().unwrap());
+    let r = lapidary(&[
+        "train",
+        &format!("load_parameters_path={model}"),
+        &format!("base_output_directory={out}"),
+        "run_name=given",
+        "dataset_type=synthetic",
+        "steps=1",
+        "max_target_length=8",
+        "per_device_batch_size=1",
+        "trainable_parameters_mask=[\"layers.0.input_layernorm\"]",
+    ])
+    .exits(0);
+    assert!(r.stderr.contains("completed step: 0"), "{}", r.stderr);
+}

@@ -12,8 +12,8 @@ use super::TrainError;
 use super::plan::Plan;
 use super::source::{Source, Zeros, place, sharding};
 use super::step::{
-    PerLayerTable, Scalars, StepOptions, StepSums, batch_sharding, eval_program, step_program, summed_gradient_program,
-    update_program,
+    PerLayerTable, Role, Scalars, StepOptions, StepSums, batch_sharding, eval_program, step_program,
+    summed_gradient_program, update_program,
 };
 use super::table::{HostTable, Needed};
 use crate::data::TokenBatch;
@@ -21,7 +21,7 @@ use crate::forward::narrow;
 use crate::hosts::peers::{Peers, own_rows};
 use crate::rows::RowTable;
 use crate::runtime::{Compiled, Runtime};
-use crate::shards::{self, Sharded};
+use crate::shards::{self, Memory, Sharded};
 use crate::train_state::TableSnapshot;
 use crate::{EngineError, Model};
 
@@ -139,20 +139,27 @@ impl<'r> Device<'r> {
             let on_host = |s: &Slot| plan.step.is_hosted(s);
             let made = |s: &&&Slot| moments.is_none() || on_host(s);
             let zeros = Zeros::new(trained.iter().filter(made).map(|s| s.shape.elements() * widest.max(4)))?;
+            // The largest first: its pages in the file lie beside its copies while there is little else.
+            let mut order: Vec<(usize, &Slot)> = plan.slots().enumerate().collect();
+            order.sort_by_key(|(_, slot)| std::cmp::Reverse(slot.shape.elements()));
             let mut params = Vec::new();
-            for slot in plan.slots() {
-                let dtype = plan.role(slot).dtype;
-                params.push(match on_host(slot) {
+            for (i, slot) in order {
+                let Role { dtype, trained, .. } = plan.role(slot);
+                let memory = if trained { Memory::Device } else { Memory::Host };
+                let array = match on_host(slot) {
                     true => zeros.place(client, &mesh, slot, dtype)?,
-                    false => place(client, &mesh, slot, dtype, source)?,
-                });
+                    false => place(client, &mesh, slot, dtype, memory, source)?,
+                };
+                params.push((i, array));
             }
+            params.sort_by_key(|(i, _)| *i);
+            let params = params.into_iter().map(|(_, array)| array).collect();
             for (prefix, dtype) in dtypes {
                 for slot in &trained {
                     buffers.push(match moments {
-                        Some(m) if !on_host(slot) => {
-                            place(client, &mesh, slot, dtype, &|name| (m.read)(&format!("{prefix}{name}")))?
-                        }
+                        Some(m) if !on_host(slot) => place(client, &mesh, slot, dtype, Memory::Device, &|name| {
+                            (m.read)(&format!("{prefix}{name}"))
+                        })?,
                         _ => zeros.place(client, &mesh, slot, dtype)?,
                     });
                 }

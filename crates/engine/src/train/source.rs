@@ -9,7 +9,7 @@ use tensor::{DType, HostArray, Shape};
 use super::TrainError;
 use super::device::{convert, converted};
 use crate::EngineError;
-use crate::shards::{Sharded, cut, parts_of, paste};
+use crate::shards::{Memory, Sharded, cut, parts_of, paste};
 
 type Result<T> = std::result::Result<T, TrainError>;
 
@@ -86,8 +86,8 @@ pub(crate) fn sharding(slot: &Slot) -> Sharding {
     slot.sharding.clone().unwrap_or_else(|| Sharding::replicated(slot.shape.rank()))
 }
 
-/// A slot's members on the devices, in memory of the devices' own: what a step gets to overwrite must not be borrowed, or the
-/// runtime would copy it at the first step.
+/// A slot's members on the devices. What a step gets to overwrite must be in the devices' own memory: of what is borrowed, the
+/// runtime would make a copy at the first step.
 ///
 /// Every member is read once and every device gets its part of it: the host never holds more than one slot.
 pub(crate) fn place(
@@ -95,6 +95,7 @@ pub(crate) fn place(
     mesh: &Mesh,
     slot: &Slot,
     dtype: DType,
+    memory: Memory,
     read: &dyn Fn(&str) -> Result<Given>,
 ) -> Result<Sharded> {
     let sharding = sharding(slot);
@@ -114,13 +115,13 @@ pub(crate) fn place(
         }
         (_, Some(only)) => {
             let given = read(&only.name)?;
-            Sharded::place(client, mesh, what, &sharding, &mut |bounds| {
+            Sharded::place(client, mesh, what, &sharding, memory, &mut |bounds| {
                 convert(cut(given.bytes(), given.dtype(), given.shape(), bounds)?, dtype)
             })
         }
         (_, None) => {
             let mut parts = stacked_parts(mesh, slot, dtype, read, &sharding)?.into_iter();
-            Sharded::place(client, mesh, what, &sharding, &mut |_| {
+            Sharded::place(client, mesh, what, &sharding, memory, &mut |_| {
                 parts.next().ok_or_else(|| EngineError::Input("a part is missing".into()).into())
             })
         }
