@@ -10,9 +10,13 @@ use tensor::DType;
 
 use crate::Result;
 
+const CPU: &str = "cpu";
+
 /// How to start a [`Runtime`].
 #[derive(Default)]
 pub struct RuntimeOptions<'a> {
+    /// Kind of device: `cpu` (also where it is empty), `cuda`, `rocm`, `tpu`, or a plugin's own name such as `cuda13`.
+    pub platform: &'a str,
     /// The plugin's file; otherwise it is searched for and fetched.
     pub plugin: Option<PathBuf>,
     /// Refuse to download a plugin.
@@ -51,13 +55,14 @@ pub struct Compiled {
 }
 
 impl Runtime {
-    /// Finds (or fetches) and loads the CPU plugin and makes a client.
+    /// Finds (or fetches) and loads the platform's plugin and makes a client.
     ///
     /// # Errors
     /// When there is no plugin, or it does not start.
     pub fn start(options: &RuntimeOptions<'_>) -> Result<Self> {
+        let platform = if options.platform.is_empty() { CPU } else { options.platform };
         let located = locate(
-            "cpu",
+            platform,
             &LocateOptions {
                 path: options.plugin.clone(),
                 allow_download: !options.offline,
@@ -66,7 +71,12 @@ impl Runtime {
             },
         )?;
         let plugin = Plugin::load(&located.path)?;
-        let client = Client::new(&plugin, &ClientOptions::cpu(options.cpu_devices.max(1)))?;
+        // Plugins refuse options that they do not know; other platforms count the devices there are.
+        let client_options = match platform {
+            CPU => ClientOptions::cpu(options.cpu_devices.max(1)),
+            _ => ClientOptions::default(),
+        };
+        let client = Client::new(&plugin, &client_options)?;
         let cache = match options.no_cache {
             true => None,
             // A cache that cannot be made costs time, not correctness.

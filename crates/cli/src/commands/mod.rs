@@ -22,7 +22,7 @@ pub(crate) mod verify;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use ::config::{Category, Filter, Mesh, Sources};
+use ::config::{Category, Filter, Hardware, Mesh, Sources};
 use engine::convert::{Checkpoint, Convention, Hints, Weights};
 use engine::{EngineError, Model, Runtime, RuntimeOptions};
 
@@ -100,6 +100,10 @@ pub(crate) type CommandResult = Result<Outcome, Failure>;
 /// Options of every command that runs programs.
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct EngineArgs {
+    /// Kind of device: cpu, cuda, rocm, tpu [default: cpu; the key `hardware` for train]. Only cpu has been run by the makers of
+    /// this version.
+    #[arg(long, value_name = "KIND", help_heading = "Engine")]
+    device: Option<String>,
     /// The PJRT plugin's file [default: found or fetched; environment LAPIDARY_PJRT_PLUGIN].
     #[arg(long, value_name = "FILE", help_heading = "Engine")]
     plugin: Option<PathBuf>,
@@ -114,13 +118,19 @@ pub(crate) struct EngineArgs {
 impl EngineArgs {
     /// Starts the engine, and says so where it takes time.
     pub(crate) fn start(&self, ui: &Ui) -> Result<Runtime, Failure> {
-        self.start_on(ui, 1)
+        self.start_on(ui, Hardware::Auto, 1)
     }
 
-    /// The same with this many virtual devices, if it is a CPU's.
-    pub(crate) fn start_on(&self, ui: &Ui, cpu_devices: usize) -> Result<Runtime, Failure> {
+    /// The same on hardware that a configuration names, if the flag names none, with this many virtual devices if it is a CPU.
+    pub(crate) fn start_on(&self, ui: &Ui, hardware: Hardware, cpu_devices: usize) -> Result<Runtime, Failure> {
+        let named = match hardware {
+            Hardware::Gpu => "cuda",
+            Hardware::Tpu => "tpu",
+            _ => "cpu",
+        };
         let progress = |step: &str| ui.say(step);
         Ok(Runtime::start(&RuntimeOptions {
+            platform: self.device.as_deref().unwrap_or(named),
             plugin: self.plugin.clone(),
             offline: is_offline(self.offline),
             no_cache: self.no_cache,

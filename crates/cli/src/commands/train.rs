@@ -69,7 +69,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     if let Some(p) = &peers {
         ui.say(format!("{} processes share every batch", p.count()));
     }
-    let runtime = args.engine.start_on(ui, config.mesh.cpu_devices())?;
+    let runtime = args.engine.start_on(ui, config.mesh.hardware, config.mesh.cpu_devices())?;
     let settings = config.raw().show(Filter::Set);
     let config_text: String = settings.iter().map(|s| format!("{}: {}\n", s.key, s.value)).collect();
     let options = TrainOptions {
