@@ -78,6 +78,12 @@ pub(crate) const STEPS: &[Step] = &[
             &[],
         ),
     },
+    Step {
+        name: "mpi",
+        about: "several processes train as one, where Open MPI is installed",
+        fast: false,
+        action: Action::Own(mpi),
+    },
     Step { name: "test", about: "all tests pass", fast: true, action: Action::Cargo(&["test", "--workspace"], &[]) },
 ];
 
@@ -134,6 +140,15 @@ fn cargo(root: &Path, args: &[&str], variables: &[(&str, &str)]) -> Result<()> {
         bail!("`{line}` says no");
     }
     Ok(())
+}
+
+fn mpi(root: &Path) -> Result<()> {
+    let found = |program: &str| Command::new(program).arg("--version").output().is_ok_and(|o| o.status.success());
+    if !found("mpirun") || !found("mpicc") {
+        println!("    Open MPI is not installed (Debian: libopenmpi-dev openmpi-bin libclang-dev); nothing checked");
+        return Ok(());
+    }
+    cargo(root, &["test", "--package", "lapidary", "--features", "mpi", "--test", "it", "mpi::"], &[])
 }
 
 fn deny(root: &Path) -> Result<()> {

@@ -10,6 +10,8 @@ mod devices;
 mod doctor;
 mod flops;
 mod generate;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod plan;
 mod plugin;
 mod report;

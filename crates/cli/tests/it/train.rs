@@ -29,7 +29,7 @@ pub(super) fn write_text(dir: &Path) {
 }
 
 /// Words of a run called `name` under `dir`.
-fn words(dir: &Path, name: &str, more: &[&str]) -> Vec<String> {
+pub(super) fn words(dir: &Path, name: &str, more: &[&str]) -> Vec<String> {
     let path = |p: &Path| serde_json::to_string(p.to_str().unwrap()).unwrap();
     let mut words: Vec<String> = [
         "train",

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use tensor::HostArray;
+
 /// A sum that did not come about: a process is gone, or the network is.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("processes cannot sum their gradients: {0}")]
@@ -20,6 +22,43 @@ pub trait Peers: fmt::Debug {
     /// # Errors
     /// When a process is gone.
     fn sum(&self, values: &mut [f32]) -> Result<(), PeersError>;
+}
+
+/// Values from which an array travels alone; shorter ones share messages, which cost more than their bytes.
+const ALONE: usize = 1 << 20;
+
+/// Replaces f32 arrays by their sums over all processes. The order of summation is the same on all of them.
+///
+/// # Errors
+/// When an array is not f32, or a process is gone.
+pub fn sum_arrays(peers: &dyn Peers, arrays: &mut [HostArray]) -> Result<(), PeersError> {
+    let not_f32 = |e: tensor::HostError| PeersError(e.to_string());
+    let mut shared: Vec<f32> = Vec::new();
+    let mut within: Vec<(usize, std::ops::Range<usize>)> = Vec::new();
+    let flush = |arrays: &mut [HostArray], shared: &mut Vec<f32>, within: &mut Vec<(usize, std::ops::Range<usize>)>| {
+        peers.sum(shared)?;
+        for (i, range) in within.drain(..) {
+            arrays[i].as_mut_slice::<f32>().map_err(not_f32)?.copy_from_slice(&shared[range]);
+        }
+        shared.clear();
+        Ok(())
+    };
+    for i in 0..arrays.len() {
+        let values = arrays[i].as_mut_slice::<f32>().map_err(not_f32)?;
+        if values.len() >= ALONE {
+            peers.sum(values)?;
+            continue;
+        }
+        within.push((i, shared.len()..shared.len() + values.len()));
+        shared.extend_from_slice(values);
+        if shared.len() >= ALONE {
+            flush(arrays, &mut shared, &mut within)?;
+        }
+    }
+    if !within.is_empty() {
+        flush(arrays, &mut shared, &mut within)?;
+    }
+    Ok(())
 }
 
 /// The rows of a batch of all processes that fall to one: `rows / count` neighbours.
@@ -104,6 +143,40 @@ mod over_mpi {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As if two processes had the same values; counts messages.
+    #[derive(Debug, Default)]
+    struct Twice(std::cell::Cell<usize>);
+
+    impl Peers for Twice {
+        fn rank(&self) -> usize {
+            0
+        }
+        fn count(&self) -> usize {
+            2
+        }
+        fn sum(&self, values: &mut [f32]) -> Result<(), PeersError> {
+            self.0.set(self.0.get() + 1);
+            values.iter_mut().for_each(|v| *v *= 2.0);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn short_arrays_share_messages() {
+        let sizes = [3, ALONE, 5, ALONE - 6, 0, 7];
+        let array = |n: usize| HostArray::from_slice([n], &(0..n).map(|i| i as f32).collect::<Vec<_>>()).unwrap();
+        let mut arrays: Vec<HostArray> = sizes.iter().map(|n| array(*n)).collect();
+        let peers = Twice::default();
+        sum_arrays(&peers, &mut arrays).unwrap();
+        // The long one, the three around it, the last two.
+        assert_eq!(peers.0.get(), 3);
+        for (a, n) in arrays.iter().zip(sizes) {
+            assert!(a.as_slice::<f32>().unwrap().iter().enumerate().all(|(i, v)| *v == 2.0 * i as f32), "{n}");
+        }
+        let mut wrong = [HostArray::from_slice([1], &[1i32]).unwrap()];
+        assert!(sum_arrays(&peers, &mut wrong).is_err());
+    }
 
     #[test]
     fn rows_are_dealt_out_once() {

@@ -18,7 +18,7 @@ use super::step::{
 use super::table::{HostTable, Needed};
 use crate::data::TokenBatch;
 use crate::forward::narrow;
-use crate::hosts::peers::{Peers, own_rows};
+use crate::hosts::peers::{Peers, own_rows, sum_arrays};
 use crate::rows::RowTable;
 use crate::runtime::{Compiled, Runtime};
 use crate::shards::{self, Memory, Sharded};
@@ -225,13 +225,15 @@ impl<'r> Device<'r> {
         let slots = self.plan.slots().zip(&self.trained).filter(|(_, t)| **t).map(|(slot, _)| slot);
         let lies: Vec<(Shape, Sharding)> =
             slots.map(|s| (s.shape.clone(), sharding(s))).chain([(SUMS.into(), Sharding::replicated(1))]).collect();
-        let mut summed = Vec::new();
+        let (mut hosts, mut lying) = (Vec::new(), Vec::new());
         for (parts, (shape, sharding)) in shards::execute(&self.step, &arguments)?.into_iter().zip(lies) {
             let output = Sharded::new(DType::F32, shape, sharding, parts, &self.mesh)?;
-            let mut host = output.to_host(&self.mesh)?;
-            peers.sum(host.as_mut_slice::<f32>()?)?;
-            summed.push(self.hand_over(&host, Some(output.sharding().clone()))?);
+            hosts.push(output.to_host(&self.mesh)?);
+            lying.push(output.sharding().clone());
         }
+        sum_arrays(*peers, &mut hosts)?;
+        let summed = hosts.iter().zip(lying).map(|(host, sharding)| self.hand_over(host, Some(sharding)));
+        let summed = summed.collect::<Result<Vec<Sharded>>>()?;
         let arguments: Vec<&Sharded> =
             self.params.iter().chain(&self.moments).chain(&summed).chain([&scalars]).collect();
         let outputs = shards::execute(update, &arguments)?;

@@ -95,7 +95,7 @@ pub(super) fn store_options(config: &Config, plan: &Plan, given: Option<&Model>)
 }
 
 /// What must be as it was for a run to go on.
-pub(super) fn identity(config: &Config, plan: &Plan) -> BTreeMap<String, serde_json::Value> {
+pub(super) fn identity(config: &Config, plan: &Plan, processes: usize) -> BTreeMap<String, serde_json::Value> {
     let step = &plan.step;
     BTreeMap::from([
         ("opt_type".to_owned(), json!(optimizer_name(plan))),
@@ -109,8 +109,8 @@ pub(super) fn identity(config: &Config, plan: &Plan) -> BTreeMap<String, serde_j
         ),
         ("train_layer_scalar".to_owned(), json!(config.optimizer.train_layer_scalar)),
         ("max_target_length".to_owned(), json!(step.seq)),
-        // Of all devices: a run may go on with another number of them.
-        ("micro_batch_size_to_train_on".to_owned(), json!(step.rows)),
+        // Of all devices and processes: a run may go on with another number of them.
+        ("micro_batch_size_to_train_on".to_owned(), json!(step.rows * processes)),
         ("gradient_accumulation_steps".to_owned(), json!(step.accumulation)),
     ])
 }

@@ -168,7 +168,7 @@ pub fn train(
     if start >= plan.steps {
         return Err(TrainError::Finished { done: start, steps: plan.steps });
     }
-    let identity = identity(config, &plan);
+    let identity = identity(config, &plan, processes);
     if let Some(l) = &loaded {
         check_identity(&l.state, &identity)?;
         events(Event::Resumed { step: start, path: l.model_dir() });
