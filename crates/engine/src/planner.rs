@@ -4,10 +4,11 @@ use config::{Config, MeshShape};
 use gemma4::Arch;
 use gemma4::decoder::LayerRemat;
 use gemma4::layout::Slot;
-use gemma4::memory::{Memory, SlotUse, StepShape, memory};
+use gemma4::memory::{Memory, Phase, SlotUse, StepShape, memory};
 use gemma4::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
 use serde::Serialize;
 
+use crate::metrics::summary::MemoryRow;
 use crate::targets::Machine;
 use crate::train::TrainError;
 use crate::train::plan::Plan;
@@ -36,6 +37,30 @@ pub fn memory_of(plan: &Plan) -> Memory {
         let role = plan.role(s);
         SlotUse { trained: role.trained, dtype: role.dtype, moments: if role.trained { moments } else { 0 } }
     })
+}
+
+/// Memory of the process without any array, as measured with the CPU plugin and programs of ten and of 35 layers.
+const PROGRAM_BYTES: u64 = 300_000_000;
+
+/// The same, line by line, with what the process takes besides.
+#[must_use]
+pub fn memory_rows(plan: &Plan) -> Vec<MemoryRow<'static>> {
+    let m = memory_of(plan);
+    let (phase, parts) = m.busiest();
+    let when = match phase {
+        Phase::Head => "in the loss, when most is needed",
+        Phase::Layers => "in the layers' backward pass, when most is needed",
+        Phase::Update => "in the update, when most is needed",
+    };
+    let row = |label, bytes, note| MemoryRow { label, bytes, note };
+    let mut rows = vec![
+        row("parameters", m.parameters, ""),
+        row("optimizer", m.optimizer, "moments of what is trained"),
+        row("batch", m.batch, ""),
+    ];
+    rows.extend(parts.into_iter().filter(|p| p.1 > 0).map(|(label, bytes)| row(label, bytes, when)));
+    rows.push(row("program", PROGRAM_BYTES, "plugin, compiled code, what the compiler keeps"));
+    rows
 }
 
 /// Bytes that one device sends in a step, by what they are for.

@@ -75,6 +75,17 @@ pub struct Memory {
     pub per_layer: u64,
 }
 
+/// Parts of a step that need memory of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Logits, loss and their gradients.
+    Head,
+    /// The backward pass through the layers.
+    Layers,
+    /// The optimizer.
+    Update,
+}
+
 impl Memory {
     /// What the program is given (and gives back in the same place).
     #[must_use]
@@ -82,15 +93,32 @@ impl Memory {
         self.parameters + self.optimizer + self.batch
     }
 
-    /// What it needs besides, in the phase that needs most: the head, when everything is kept and nothing has a gradient yet; the
-    /// layers; the update, when all gradients are there.
+    /// What it needs besides, in the phase that needs most.
     #[must_use]
     pub fn temporaries(&self) -> u64 {
-        let head = self.rounded + self.kept + self.per_layer + self.head + self.head_table;
-        // The table's gradient waits there until it is summed over devices.
-        let layers = self.rounded + self.kept + self.per_layer + self.gradients + self.layer + self.head_table;
-        let update = self.gradients + self.tables;
-        head.max(layers).max(update)
+        self.busiest().1.iter().map(|part| part.1).sum()
+    }
+
+    /// The phase that needs most, and what of: the head, when everything is kept and nothing has a gradient yet; the layers; the
+    /// update, when all gradients are there.
+    #[must_use]
+    pub fn busiest(&self) -> (Phase, Vec<(&'static str, u64)>) {
+        let kept = [("rounded weights", self.rounded), ("kept", self.kept), ("per-layer rows", self.per_layer)];
+        // The table's gradient waits in the layers until it is summed over devices.
+        let table = ("head's table", self.head_table);
+        let head = kept.into_iter().chain([("logits", self.head), table]).collect();
+        let layers =
+            kept.into_iter().chain([("gradients", self.gradients), ("one layer", self.layer), table]).collect();
+        let update = vec![("gradients", self.gradients), ("tables' gradients", self.tables)];
+        let sum = |parts: &Vec<(&str, u64)>| parts.iter().map(|p| p.1).sum::<u64>();
+        // Of phases that need the same, the first.
+        let mut most = (Phase::Head, head);
+        for (phase, parts) in [(Phase::Layers, layers), (Phase::Update, update)] {
+            if sum(&parts) > sum(&most.1) {
+                most = (phase, parts);
+            }
+        }
+        most
     }
 
     /// All.

@@ -14,13 +14,10 @@ use super::TrainError;
 use super::optimizer::{AdamW, Rule, Update};
 use super::schedule::Schedule;
 use super::step::{PerLayerTable, Role, StepOptions, device_slots};
-use crate::metrics::summary::{MemoryRow, ParameterCounts};
+use crate::metrics::summary::ParameterCounts;
 
 /// f32 logits of one block take about this much where `num_vocab_tiling` is left to us.
 const BLOCK_BYTES: usize = 64 << 20;
-
-/// Memory of the process without any array, as measured with the CPU plugin and programs of ten and of 35 layers.
-const PROGRAM_BYTES: u64 = 300_000_000;
 
 /// What a run is built of.
 #[derive(Debug, Clone)]
@@ -277,82 +274,6 @@ impl Plan {
             }
         }
         Ok(())
-    }
-
-    /// Planned memory of the device, line by line.
-    #[must_use]
-    pub fn memory(&self) -> Vec<MemoryRow<'static>> {
-        let o = &self.step;
-        let (mut parameters, mut moments, mut gradients, mut rounded) = (0, 0, 0, 0);
-        let narrow = o.loss.dtype.size() as u64;
-        for s in self.slots() {
-            let n = s.shape.elements() as u64;
-            let role = self.role(s);
-            parameters += n * role.dtype.size() as u64;
-            if role.trained {
-                moments += o.update.moment_dtypes().iter().map(|(_, d)| n * d.size() as u64).sum::<u64>();
-                gradients += n * 4;
-            }
-            let matrix = s.spec().shape.rank() >= 2 && s.spec().name != EMBED_TOKENS_PER_LAYER;
-            if matrix && role.dtype != o.loss.dtype {
-                rounded += n * narrow;
-            }
-        }
-        let tokens = (o.rows * o.seq) as u64;
-        let block = tokens.div_ceil(o.loss.blocks.max(1) as u64);
-        let logits = block * self.arch.vocab_size() as u64 * (4 + narrow);
-        let ple = self.arch.per_layer_input().map_or(0, |p| (self.arch.layers().len() * p.width) as u64);
-        let per_token: u64 = self.arch.layers().iter().map(|l| self.kept(l)).sum::<u64>() + 4 * ple;
-        let scores = self.scores();
-        let row = |label, bytes, note| MemoryRow { label, bytes, note };
-        vec![
-            row("parameters", parameters, ""),
-            row("optimizer", moments, "moments of what is trained"),
-            row("gradients", gradients, "f32"),
-            row("rounded weights", rounded, "copies in the activation dtype"),
-            row(
-                "activations",
-                tokens * per_token * narrow + scores,
-                "kept for the backward pass, and one layer's scores",
-            ),
-            row("logits", logits, "of one block"),
-            row("program", PROGRAM_BYTES, "plugin, compiled code, what the compiler keeps"),
-        ]
-    }
-
-    /// Values that a layer's gradient keeps, in elements a token.
-    fn kept(&self, layer: &gemma4::Layer) -> u64 {
-        let d = self.arch.hidden_size() as u64;
-        let q = (self.arch.num_heads() * layer.head_dim) as u64;
-        let kv = if layer.owns_kv() { 2 * (layer.kv_heads * layer.head_dim) as u64 } else { 0 };
-        let f = layer.mlp_width as u64;
-        match &self.step.loss.remat {
-            // Inputs of norms and products: residual stream at four places, queries before and after their norm, context.
-            LayerRemat::Everything => 8 * d + 3 * q + 2 * kv + 3 * f,
-            LayerRemat::Keep(kept) => {
-                let of = |name: &str| kept.contains(&name);
-                let mut n = d + kv;
-                n += if of(names::QUERY_PROJ) { q + kv } else { 0 };
-                n += if of(names::OUT_PROJ) { d } else { 0 };
-                n += if of(names::CONTEXT) { q } else { 0 };
-                n += if of(names::MLPWI_0) { 2 * f } else { 0 };
-                n + if of(names::MLPWO) { d } else { 0 }
-            }
-        }
-    }
-
-    /// Bytes of the largest layer's attention scores: forward, probabilities, their gradient.
-    fn scores(&self) -> u64 {
-        let (b, t) = (self.step.rows as u64, self.step.seq as u64);
-        let spec = self.arch.spec();
-        let window = spec.sliding_window as u64;
-        let of = |l: &gemma4::Layer| match l.kind {
-            gemma4::LayerKind::Sliding if t > window => t * 2 * window,
-            gemma4::LayerKind::Full if t > 512 => 512 * t,
-            _ => t * t,
-        };
-        let largest = self.arch.layers().iter().map(of).max().unwrap_or(0);
-        b * spec.num_heads as u64 * largest * 10
     }
 }
 

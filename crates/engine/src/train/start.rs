@@ -12,6 +12,7 @@ use super::optimizer::Rule;
 use super::plan::Plan;
 use super::step::PerLayerTable;
 use crate::metrics::summary::{Summary, render};
+use crate::planner::memory_rows;
 use crate::train_state::{StoreOptions, TrainerState};
 use crate::{Model, Runtime, metrics, peak};
 
@@ -149,8 +150,9 @@ pub(super) fn summary(plan: &Plan, config: &Config) -> String {
         // Measured after the first step, see `peak_rate`.
         peak_flops: None,
         devices: plan.devices(),
-        memory: &plan.memory(),
-        memory_limit: metrics::memory::machine().map(|m| m.total),
+        memory: &memory_rows(plan),
+        // Virtual devices share the machine's memory.
+        memory_limit: metrics::memory::machine().map(|m| m.total / plan.devices() as u64),
     })
 }
 
