@@ -6,10 +6,11 @@
 //! of it by number. The matrices stay where they are: in a mapped file, at any alignment.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
-use ::kernels::{Matrix, Out, Pool, Rows};
+use ::kernels::{Matrix, Out, Pool, Reading, Rows};
 use gemma4::called::PRODUCTS;
 pub use gemma4::called::products;
 use half::bf16;
@@ -17,11 +18,42 @@ use pjrt::ffi::{Attribute, Call, Handler};
 use pjrt::{Client, PjrtError};
 use tensor::DType;
 
-/// The matrices of the sessions that live, by number.
-static SESSIONS: OnceLock<RwLock<HashMap<i64, Arc<[Matrix]>>>> = OnceLock::new();
+/// The sessions that live, by number.
+static SESSIONS: OnceLock<RwLock<HashMap<i64, Arc<Used>>>> = OnceLock::new();
 static POOL: OnceLock<Pool> = OnceLock::new();
 
-fn sessions() -> &'static RwLock<HashMap<i64, Arc<[Matrix]>>> {
+/// Matrices, and in which order they were used.
+#[derive(Debug)]
+struct Used {
+    matrices: Vec<Matrix>,
+    history: Mutex<History>,
+}
+
+/// Which call came after which, each told by its matrices. Steps of decoding are all alike.
+#[derive(Debug, Default)]
+struct History {
+    last: Vec<usize>,
+    after: HashMap<Vec<usize>, Vec<usize>>,
+}
+
+impl Used {
+    /// Notes a call, and returns the matrices of the one that came after it the last time.
+    fn next(&self, call: &[usize]) -> Vec<&Matrix> {
+        let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = std::mem::replace(&mut history.last, call.to_vec());
+        match history.after.get_mut(&last) {
+            Some(after) if after == call => {}
+            Some(after) => after.clone_from(&call.to_vec()),
+            None => {
+                history.after.insert(last, call.to_vec());
+            }
+        }
+        let next = history.after.get(call).map_or(&[][..], Vec::as_slice);
+        next.iter().filter_map(|&number| self.matrices.get(number)).collect()
+    }
+}
+
+fn sessions() -> &'static RwLock<HashMap<i64, Arc<Used>>> {
     SESSIONS.get_or_init(Default::default)
 }
 
@@ -41,16 +73,77 @@ pub fn set_threads(threads: usize) -> bool {
     is_new || pool.threads() == threads
 }
 
-/// The best speed, in bytes a second, at which these threads read memory in a few tries: what products of few rows are
-/// measured against.
+/// Memory to measure the speed of reading with: what products of few rows are measured against.
+#[derive(Debug)]
+pub struct Bandwidth(Reading);
+
+impl Bandwidth {
+    /// Takes the memory, 256 MiB: several times the largest caches there are.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub fn new() -> crate::Result<Self> {
+        Reading::new(256 << 20).map(Self).map_err(|e| crate::EngineError::Input(e.to_string()))
+    }
+
+    /// The best speed of a few tries, in bytes a second, at which the threads of the products read.
+    #[must_use]
+    pub fn measure(&self, tries: usize) -> f64 {
+        let best = (0..tries.max(1)).map(|_| self.0.time(pool())).min();
+        best.map_or(f64::NAN, |best| self.0.bytes() as f64 / best.as_secs_f64())
+    }
+}
+
+/// The time of multiplying `m` rows of bf16 with each of some matrices, one after the other.
 ///
 /// # Errors
-/// When there is no memory for it (1 GiB).
-pub fn read_bandwidth() -> crate::Result<f64> {
-    const BYTES: usize = 1 << 30;
-    let times = ::kernels::reading_times(pool(), BYTES, 4).map_err(|e| crate::EngineError::Input(e.to_string()))?;
-    let best = times.iter().min().map_or(f64::NAN, std::time::Duration::as_secs_f64);
-    Ok(BYTES as f64 / best)
+/// When the sizes are too large to be computed with.
+pub fn time_products(matrices: &[Matrix], m: usize) -> crate::Result<Duration> {
+    let refused = |e: ::kernels::KernelError| crate::EngineError::Input(e.to_string());
+    let (k, n) = matrices.iter().fold((0, 0), |(k, n), w| (w.k().max(k), w.n().max(n)));
+    let (x, mut y) = (vec![bf16::ONE; m * k], vec![bf16::ZERO; m * n]);
+    let start = Instant::now();
+    for (i, w) in matrices.iter().enumerate() {
+        let out = &mut [Out::Bf16(&mut y[..m * w.n()])];
+        let next = matrices.get(i + 1);
+        let next: &[&Matrix] = if let Some(next) = &next { &[next] } else { &[] };
+        ::kernels::products_before(pool(), Rows::Bf16(&x[..m * w.k()]), m, &[w], out, next).map_err(refused)?;
+    }
+    Ok(start.elapsed())
+}
+
+/// What products took since the process started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Spent {
+    /// Calls, each of one or more products with the same operand.
+    pub calls: u64,
+    /// Bytes of weights.
+    pub bytes: u64,
+    /// Time within the calls.
+    pub time: Duration,
+}
+
+impl Spent {
+    /// What was spent after an earlier look.
+    #[must_use]
+    pub fn since(self, earlier: Spent) -> Spent {
+        Spent {
+            calls: self.calls.saturating_sub(earlier.calls),
+            bytes: self.bytes.saturating_sub(earlier.bytes),
+            time: self.time.saturating_sub(earlier.time),
+        }
+    }
+}
+
+static CALLS: AtomicU64 = AtomicU64::new(0);
+static BYTES: AtomicU64 = AtomicU64::new(0);
+static NANOSECONDS: AtomicU64 = AtomicU64::new(0);
+
+/// What products took so far.
+#[must_use]
+pub fn spent() -> Spent {
+    let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    Spent { calls: of(&CALLS), bytes: of(&BYTES), time: Duration::from_nanos(of(&NANOSECONDS)) }
 }
 
 /// Makes the products known to a plugin. To be done before a program that calls them is compiled or loaded from a cache.
@@ -73,7 +166,7 @@ pub fn register(client: &Client) -> Result<(), PjrtError> {
 #[derive(Debug)]
 pub struct Session {
     id: i64,
-    matrices: Arc<[Matrix]>,
+    used: Arc<Used>,
 }
 
 impl Session {
@@ -82,10 +175,10 @@ impl Session {
     pub fn new(matrices: Vec<Matrix>) -> Self {
         static NEXT: AtomicI64 = AtomicI64::new(1);
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        let matrices: Arc<[Matrix]> = matrices.into();
+        let used = Arc::new(Used { matrices, history: Mutex::default() });
         let mut all = sessions().write().unwrap_or_else(PoisonError::into_inner);
-        all.insert(id, Arc::clone(&matrices));
-        Session { id, matrices }
+        all.insert(id, Arc::clone(&used));
+        Session { id, used }
     }
 
     /// What programs know it by: the value of the first operand of [`products`].
@@ -97,13 +190,13 @@ impl Session {
     /// Its matrices.
     #[must_use]
     pub fn matrices(&self) -> &[Matrix] {
-        &self.matrices
+        &self.used.matrices
     }
 
     /// Bytes that a step reads which uses every matrix once.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.matrices.iter().map(|m| m.bytes().len()).sum()
+        self.matrices().iter().map(|m| m.bytes().len()).sum()
     }
 }
 
@@ -120,22 +213,27 @@ impl Handler for Products {
     const NAME: &'static str = PRODUCTS;
 
     fn call(call: &mut Call<'_>) -> Result<(), String> {
+        let start = Instant::now();
         let [session, x] = call.inputs[..] else {
             return Err(format!("a session and x are wanted, there are {} operands", call.inputs.len()));
         };
         let &[id] = session.as_slice::<i64>()? else { return Err("the session's number is not one number".to_owned()) };
-        let matrices = sessions().read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
-        let matrices = matrices.ok_or_else(|| format!("there is no session {id}; it may have been dropped"))?;
-        let used = (0..call.outputs.len())
-            .map(|i| {
-                let name = format!("w{i}");
-                let Some(Attribute::Int(number)) = call.attribute(&name) else {
-                    return Err(format!("the number of matrix {name} is missing"));
-                };
-                let matrix = usize::try_from(number).ok().and_then(|number| matrices.get(number));
-                matrix.ok_or_else(|| format!("{name}: session {id} has {} matrices, no {number}", matrices.len()))
-            })
-            .collect::<Result<Vec<&Matrix>, String>>()?;
+        let session = sessions().read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
+        let session = session.ok_or_else(|| format!("there is no session {id}; it may have been dropped"))?;
+        let mut numbers = Vec::with_capacity(call.outputs.len());
+        let mut used = Vec::with_capacity(call.outputs.len());
+        for i in 0..call.outputs.len() {
+            let name = format!("w{i}");
+            let Some(Attribute::Int(number)) = call.attribute(&name) else {
+                return Err(format!("the number of matrix {name} is missing"));
+            };
+            let index = usize::try_from(number).unwrap_or(usize::MAX);
+            let Some(matrix) = session.matrices.get(index) else {
+                return Err(format!("{name}: session {id} has {} matrices, no {number}", session.matrices.len()));
+            };
+            numbers.push(index);
+            used.push(matrix);
+        }
         let &[m, _] = x.dims else { return Err(format!("x {:?} is not a matrix", x.dims)) };
         let m = usize::try_from(m).map_err(|e| e.to_string())?;
         let rows = match x.dtype {
@@ -150,6 +248,11 @@ impl Handler for Products {
                 _ => y.as_mut_slice::<f32>().map(Out::F32),
             })
             .collect::<Result<Vec<Out<'_>>, String>>()?;
-        ::kernels::products(pool(), rows, m, &used, &mut out).map_err(|e| e.to_string())
+        let next = session.next(&numbers);
+        ::kernels::products_before(pool(), rows, m, &used, &mut out, &next).map_err(|e| e.to_string())?;
+        CALLS.fetch_add(1, Ordering::Relaxed);
+        BYTES.fetch_add(used.iter().map(|m| m.bytes().len() as u64).sum(), Ordering::Relaxed);
+        NANOSECONDS.fetch_add(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        Ok(())
     }
 }

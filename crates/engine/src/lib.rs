@@ -7,6 +7,7 @@ pub mod compare;
 pub mod convert;
 pub mod data;
 pub mod decode;
+pub mod divergence;
 pub mod error;
 pub mod forward;
 pub mod generate;

@@ -1,6 +1,7 @@
 //! The engine itself: a plugin, its client, and the cache of compiled programs.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use graph::Program;
@@ -39,8 +40,14 @@ impl std::fmt::Debug for RuntimeOptions<'_> {
 #[derive(Debug)]
 pub struct Runtime {
     located: Located,
+    compiler: Compiler,
+}
+
+/// What compiles programs. Cloning it is cheap and gives the same one, for another thread.
+#[derive(Debug, Clone)]
+pub struct Compiler {
     client: Client,
-    cache: Option<ExecutableCache>,
+    cache: Option<Arc<ExecutableCache>>,
 }
 
 /// A compiled program and what it took.
@@ -80,15 +87,21 @@ impl Runtime {
         let cache = match options.no_cache {
             true => None,
             // A cache that cannot be made costs time, not correctness.
-            false => executable_cache_dir().and_then(|dir| ExecutableCache::new(dir).ok()),
+            false => executable_cache_dir().and_then(|dir| ExecutableCache::new(dir).ok()).map(Arc::new),
         };
-        Ok(Runtime { located, client, cache })
+        Ok(Runtime { located, compiler: Compiler { client, cache } })
     }
 
     /// The client.
     #[must_use]
     pub fn client(&self) -> &Client {
-        &self.client
+        &self.compiler.client
+    }
+
+    /// What compiles its programs.
+    #[must_use]
+    pub fn compiler(&self) -> &Compiler {
+        &self.compiler
     }
 
     /// The plugin's file and where it came from.
@@ -102,8 +115,18 @@ impl Runtime {
     /// # Errors
     /// When the plugin refuses the program.
     pub fn compile(&self, program: &Program, options: &CompileOptions) -> Result<Compiled> {
+        self.compiler.compile(program, options)
+    }
+}
+
+impl Compiler {
+    /// Compiles a program, or takes it from the cache.
+    ///
+    /// # Errors
+    /// When the plugin refuses the program.
+    pub fn compile(&self, program: &Program, options: &CompileOptions) -> Result<Compiled> {
         let start = Instant::now();
-        let (executable, outcome) = self.client.compile_cached(&program.stablehlo(), options, self.cache.as_ref())?;
+        let (executable, outcome) = self.client.compile_cached(&program.stablehlo(), options, self.cache.as_deref())?;
         Ok(Compiled { executable, time: start.elapsed(), cached: outcome.lookup == Lookup::Hit })
     }
 }

@@ -61,13 +61,13 @@ impl Score {
 
 /// One window: which tokens are its own, and which of them count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Window {
+pub(crate) struct Window {
     /// First token it predicts.
-    start: usize,
+    pub(crate) start: usize,
     /// One behind the last.
-    end: usize,
+    pub(crate) end: usize,
     /// First token that counts.
-    counted: usize,
+    pub(crate) counted: usize,
 }
 
 impl Windows {
@@ -89,7 +89,7 @@ impl Windows {
     }
 
     /// Windows over `n` tokens.
-    fn over(&self, n: usize) -> Vec<Window> {
+    pub(crate) fn over(&self, n: usize) -> Vec<Window> {
         let mut out = Vec::new();
         // Without a start token there is nothing to predict the first token from.
         let (mut start, mut counted): (usize, usize) = if self.bos.is_some() { (0, 0) } else { (1, 1) };

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use kernels::{Bytes, Format, Level, Matrix, Out, Pool, Rows, products, reading_times};
+use kernels::{Bytes, Format, Level, Matrix, Out, Pool, Reading, Rows, products};
 use memmap2::MmapMut;
 
 const SHAPES: [(usize, usize); 12] = [
@@ -52,10 +52,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         pool = pool.with_level(found.ok_or("no such level on this machine")?);
     }
     let start = (Instant::now(), processor());
-    let times = reading_times(&pool, size, 5)?;
+    let reading = Reading::new(size)?;
+    let times: Vec<_> = (0..5).map(|_| reading.time(&pool)).collect();
     let cpu = processor() - start.1;
     let best = times.iter().min().map_or(f64::NAN, |t| size as f64 / t.as_secs_f64() / 1e9);
     println!("{pool:?}; reading: best {best:.1} GB/s; {times:.3?}, {cpu:.2} s of processor time");
+    drop(reading);
     let mut memory = MmapMut::map_anon(size)?;
     #[cfg(target_os = "linux")]
     memory.advise(memmap2::Advice::HugePage)?;

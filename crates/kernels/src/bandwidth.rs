@@ -11,31 +11,51 @@ use crate::{KernelError, Level, Pool};
 /// Bytes that a thread takes at a time.
 const PIECE: usize = 1 << 20;
 
-/// Times of reading `bytes` of fresh memory (at least twice the largest cache, to mean anything) `repeats` times with the
-/// threads of a pool, which only add the numbers up.
-///
-/// # Errors
-/// When there is no such memory.
-pub fn reading_times(pool: &Pool, bytes: usize, repeats: usize) -> Result<Vec<Duration>, KernelError> {
-    let pieces = u32::try_from(bytes / PIECE).map_err(|_| KernelError::TooLarge { n: 1, k: bytes })?.max(1);
-    let bytes = pieces as usize * PIECE;
-    let failed = |e: std::io::Error| KernelError::Memory { bytes, reason: e.to_string() };
-    let mut memory = MmapMut::map_anon(bytes).map_err(failed)?;
-    #[cfg(target_os = "linux")]
-    let _ = memory.advise(memmap2::Advice::HugePage);
-    // Untouched memory would all be one page of zeros.
-    memory.iter_mut().step_by(64).for_each(|byte| *byte = 1);
-    let time = || {
+/// Memory to be read, for its speed.
+#[derive(Debug)]
+pub struct Reading {
+    memory: MmapMut,
+}
+
+impl Reading {
+    /// Takes `bytes` of memory: at least a few times the largest cache, to mean anything.
+    ///
+    /// # Errors
+    /// When there is no such memory.
+    pub fn new(bytes: usize) -> Result<Self, KernelError> {
+        let bytes = bytes.max(PIECE) / PIECE * PIECE;
+        if bytes / PIECE > u32::MAX as usize {
+            return Err(KernelError::TooLarge { n: 1, k: bytes });
+        }
+        let failed = |e: std::io::Error| KernelError::Memory { bytes, reason: e.to_string() };
+        let mut memory = MmapMut::map_anon(bytes).map_err(failed)?;
+        #[cfg(target_os = "linux")]
+        let _ = memory.advise(memmap2::Advice::HugePage);
+        // Untouched memory would all be one page of zeros.
+        memory.iter_mut().step_by(64).for_each(|byte| *byte = 1);
+        Ok(Reading { memory })
+    }
+
+    /// Bytes that are read.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.memory.len()
+    }
+
+    /// The time in which the threads of a pool read it once, only adding the numbers up.
+    #[must_use]
+    pub fn time(&self, pool: &Pool) -> Duration {
+        // The size was checked.
+        let pieces = u32::try_from(self.memory.len() / PIECE).unwrap_or(u32::MAX);
         let split = Split::new(pieces, pool.threads(), 1);
         let start = Instant::now();
         pool.run(&|thread| {
             while let Some(taken) = split.take(thread) {
-                black_box(add_up(pool.level(), &memory[taken.start * PIECE..taken.end * PIECE]));
+                black_box(add_up(pool.level(), &self.memory[taken.start * PIECE..taken.end * PIECE]));
             }
         });
         start.elapsed()
-    };
-    Ok((0..repeats).map(|_| time()).collect())
+    }
 }
 
 /// The sum of all 64-bit numbers, with the widest loads of the level: narrower ones do not read as fast as there is
@@ -44,7 +64,7 @@ fn add_up(level: Level, bytes: &[u8]) -> u64 {
     match level {
         // SAFETY: pools take only levels that the processor has.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { add_up_avx512(bytes) },
+        Level::Avx512 | Level::Avx512Bf16 => unsafe { add_up_avx512(bytes) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { add_up_avx2(bytes) },
@@ -100,7 +120,9 @@ mod tests {
 
     #[test]
     fn every_repeat_takes_time() {
-        let times = reading_times(&Pool::new(2), 3 << 20, 4).unwrap();
-        assert!(times.len() == 4 && times.iter().all(|t| !t.is_zero()), "{times:?}");
+        let reading = Reading::new((3 << 20) + 5).unwrap();
+        assert_eq!(reading.bytes(), 3 << 20);
+        let pool = Pool::new(2);
+        assert!((0..4).all(|_| !reading.time(&pool).is_zero()));
     }
 }

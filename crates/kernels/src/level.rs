@@ -9,6 +9,8 @@ pub enum Level {
     Avx2,
     /// x86-64 with AVX-512 F, BW, VL and VNNI.
     Avx512,
+    /// The same with BF16: products of bf16 with bf16.
+    Avx512Bf16,
 }
 
 impl Level {
@@ -33,6 +35,9 @@ impl Level {
                     && is_x86_feature_detected!("avx512vnni")
                 {
                     levels.push(Level::Avx512);
+                    if is_x86_feature_detected!("avx512bf16") {
+                        levels.push(Level::Avx512Bf16);
+                    }
                 }
             }
         }
@@ -46,6 +51,7 @@ impl std::fmt::Display for Level {
             Level::Portable => "portable",
             Level::Avx2 => "AVX2",
             Level::Avx512 => "AVX-512",
+            Level::Avx512Bf16 => "AVX-512 with BF16",
         })
     }
 }

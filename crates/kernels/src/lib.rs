@@ -33,10 +33,10 @@ mod rows;
 mod split;
 mod tiles;
 
-pub use bandwidth::reading_times;
+pub use bandwidth::Reading;
 pub use bytes::Bytes;
 pub use error::KernelError;
 pub use level::Level;
 pub use matrix::{Format, Matrix};
 pub use pool::Pool;
-pub use product::{Out, Rows, products};
+pub use product::{Out, Rows, products, products_before};

@@ -19,6 +19,11 @@ const SPIN: Duration = Duration::from_micros(20);
 /// How long it goes on looking, giving way to others, before it parks.
 const PATIENCE: Duration = Duration::from_millis(3);
 
+/// Most bytes that a waiting thread reads ahead: what stays in the second cache of most processors until it is used.
+const READ_AHEAD: usize = 512 << 10;
+/// Bytes of a cache line, by which is read ahead.
+const LINE: usize = 64;
+
 /// The low half of the state counts workers in the task; this bit says that more may enter; the high half counts tasks.
 const OPEN: u64 = 1 << 31;
 const ACTIVE: u64 = OPEN - 1;
@@ -33,6 +38,8 @@ struct Shared {
     sleepers: AtomicUsize,
     panicked: AtomicBool,
     stop: AtomicBool,
+    /// For each thread, what it is expected to read in the next task.
+    ahead: Vec<Ahead>,
     lock: Mutex<()>,
     wake: Condvar,
 }
@@ -50,6 +57,46 @@ pub struct Pool {
     workers: Vec<JoinHandle<()>>,
     level: Level,
 }
+
+/// Memory that a thread will probably read next: streams of so many bytes, each `pitch` bytes behind the one before.
+#[derive(Default)]
+#[repr(align(64))]
+struct Ahead {
+    start: AtomicUsize,
+    pitch: AtomicUsize,
+    streams: AtomicUsize,
+    /// Bytes of each stream that are still to be asked for.
+    left: AtomicUsize,
+}
+
+impl Ahead {
+    /// Asks for the next line of each stream. Returns whether there was any.
+    fn step(&self) -> bool {
+        // Only the thread itself, and a caller that starts a task, write these; a mix of both costs a useless read.
+        let left = self.left.load(Ordering::Relaxed);
+        if left == 0 {
+            return false;
+        }
+        let (start, pitch) = (self.start.load(Ordering::Relaxed), self.pitch.load(Ordering::Relaxed));
+        for stream in 0..self.streams.load(Ordering::Relaxed) {
+            prefetch(start.wrapping_add(stream.wrapping_mul(pitch)));
+        }
+        self.start.store(start.wrapping_add(LINE), Ordering::Relaxed);
+        self.left.store(left.saturating_sub(LINE), Ordering::Relaxed);
+        true
+    }
+}
+
+/// Asks for a line of memory. There need not be any at that address.
+#[cfg(target_arch = "x86_64")]
+fn prefetch(address: usize) {
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+    // SAFETY: the instruction reads nothing a program can see, and does nothing where there is no memory.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(address)) }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn prefetch(_: usize) {}
 
 fn ignore_poison<T>(guard: Result<T, PoisonError<T>>) -> T {
     // The locks guard no data that a panic could leave half-written.
@@ -71,6 +118,7 @@ impl Pool {
             sleepers: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
+            ahead: (0..threads).map(|_| Ahead::default()).collect(),
             lock: Mutex::new(()),
             wake: Condvar::new(),
         });
@@ -104,6 +152,18 @@ impl Pool {
     #[must_use]
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// Says what a thread will probably read in the task after the next one: some streams, the first at the beginning of
+    /// `bytes`, each `pitch` bytes behind the one before. It is read ahead while the thread waits, so that memory does not
+    /// rest between tasks.
+    pub(crate) fn expect(&self, thread: usize, bytes: &[u8], streams: usize, pitch: usize) {
+        let Some(ahead) = self.shared.ahead.get(thread) else { return };
+        ahead.start.store(bytes.as_ptr().addr(), Ordering::Relaxed);
+        ahead.pitch.store(pitch, Ordering::Relaxed);
+        ahead.streams.store(streams, Ordering::Relaxed);
+        let limit = READ_AHEAD.min(bytes.len()) / streams.max(1);
+        ahead.left.store(limit, Ordering::Relaxed);
     }
 
     /// Calls `task` once on each thread that is free to take part, the calling one (number 0) in any case. Returns when
@@ -146,6 +206,9 @@ impl Drop for Finish<'_> {
         self.0.state.fetch_and(!OPEN, Ordering::AcqRel);
         let mut looks = 0u32;
         while self.0.state.load(Ordering::Acquire) & ACTIVE != 0 {
+            if self.0.ahead.first().is_some_and(Ahead::step) {
+                continue;
+            }
             looks += 1;
             // A worker that takes long has lost its core; it may need this one.
             if looks < 2000 { std::hint::spin_loop() } else { thread::yield_now() }
@@ -155,7 +218,7 @@ impl Drop for Finish<'_> {
 
 fn worker(shared: &Shared, index: usize) {
     let mut seen = 0;
-    while let Some(number) = next_task(shared, seen) {
+    while let Some(number) = next_task(shared, seen, index) {
         seen = number;
         let mut state = shared.state.load(Ordering::Acquire);
         let entered = loop {
@@ -193,11 +256,16 @@ impl Drop for Leave<'_> {
 }
 
 /// Waits for a task other than `seen`. `None`: the pool ends.
-fn next_task(shared: &Shared, seen: u64) -> Option<u64> {
+fn next_task(shared: &Shared, seen: u64, index: usize) -> Option<u64> {
     let fresh = |order| {
         let number = shared.state.load(order) >> 32;
         (number != seen).then_some(number)
     };
+    while shared.ahead.get(index).is_some_and(Ahead::step) {
+        if let Some(number) = fresh(Ordering::Acquire) {
+            return Some(number);
+        }
+    }
     let start = Instant::now();
     loop {
         for _ in 0..64 {

@@ -81,9 +81,9 @@ impl fmt::Debug for Job<'_> {
 // SAFETY: the targets are written by several threads, each at elements of its own: see `Job::write`.
 unsafe impl Sync for Job<'_> {}
 
-/// Rows of weights in a unit of work.
-fn unit_rows(format: Format) -> usize {
-    if Layout::of(format).is_some() { tiles::ROWS } else { rows::UNIT }
+/// Units of work of a matrix: tiles of one that is quantised, else a row of each stripe.
+fn units_of(matrix: &Matrix) -> usize {
+    if Layout::of(matrix.format()).is_some() { matrix.n().div_ceil(tiles::ROWS) } else { rows::units(matrix.n()) }
 }
 
 /// Computes `out[i] = x · matrices[i]ᵀ` for `m` rows of `x`: every matrix is read from memory once.
@@ -99,6 +99,22 @@ pub fn products(
     m: usize,
     matrices: &[&Matrix],
     out: &mut [Out<'_>],
+) -> Result<(), KernelError> {
+    products_before(pool, x, m, matrices, out, &[])
+}
+
+/// [`products`], after which those with the matrices of `next` are expected: threads that have nothing to do begin to read
+/// them. A wrong guess costs nothing but time.
+///
+/// # Errors
+/// When sizes do not agree.
+pub fn products_before(
+    pool: &Pool,
+    x: Rows<'_>,
+    m: usize,
+    matrices: &[&Matrix],
+    out: &mut [Out<'_>],
+    next: &[&Matrix],
 ) -> Result<(), KernelError> {
     if matrices.len() != out.len() {
         return Err(KernelError::Count { matrices: matrices.len(), results: out.len() });
@@ -124,7 +140,7 @@ pub fn products(
             Out::F32(y) => Target::F32(y.as_mut_ptr()),
             Out::Bf16(y) => Target::Bf16(y.as_mut_ptr()),
         };
-        let count = matrix.n().div_ceil(unit_rows(matrix.format()));
+        let count = units_of(matrix);
         jobs.push(Job { matrix, weights, target, units: units..units + count });
         units += count;
         total += weights.len();
@@ -143,6 +159,7 @@ pub fn products(
     };
     let grain = GRAIN * units / total.max(1);
     let split = Split::new(count, pool.threads(), u32::try_from(grain).unwrap_or(1));
+    expect(pool, next);
     pool.run(&|thread| {
         while let Some(taken) = split.take(thread) {
             for job in &jobs {
@@ -156,6 +173,30 @@ pub fn products(
     Ok(())
 }
 
+/// Tells the threads where their parts of the next products begin, as `Split` will divide them.
+fn expect(pool: &Pool, next: &[&Matrix]) {
+    let total: usize = next.iter().map(|matrix| units_of(matrix)).sum();
+    for thread in 0..pool.threads() {
+        let mut first = total * thread / pool.threads();
+        for matrix in next {
+            let count = units_of(matrix);
+            if first < count {
+                let bytes = matrix.bytes().as_slice();
+                let unit = bytes.len() / count;
+                if Layout::of(matrix.format()).is_some() {
+                    pool.expect(thread, &bytes[unit * first..], 1, 0);
+                } else {
+                    // Units are as long as their rows together, and stripes as long as their rows.
+                    let row = unit / rows::UNIT;
+                    pool.expect(thread, &bytes[row * first..], rows::UNIT, row * count);
+                }
+                break;
+            }
+            first -= count;
+        }
+    }
+}
+
 /// The rows of `x` in the forms that the kernels read.
 struct Prepared {
     rows: rows::Prepared,
@@ -166,29 +207,28 @@ impl Job<'_> {
     /// Computes some of its units.
     fn run(&self, units: Range<usize>, m: usize, x: &Prepared) {
         let (n, format) = (self.matrix.n(), self.matrix.format());
-        let height = unit_rows(format);
         let tile = Layout::of(format).and_then(|layout| layout.tile(self.matrix.k()));
         let mut sums: Sums = [[0.0; MAX_M]; MAX_ROWS];
         for unit in units {
-            let rows = unit * height..n.min((unit + 1) * height);
             for first in (0..m).step_by(MAX_M) {
                 let xs = first..m.min(first + MAX_M);
-                match (tile, &x.tiles) {
-                    (Some(tile), Some(x)) => {
-                        tiles::sums(format, &self.weights[unit * tile..][..tile], x, xs.clone(), &mut sums);
-                    }
-                    _ => rows::sums(self.matrix, self.weights, rows.clone(), &x.rows, xs.clone(), &mut sums),
+                if let (Some(tile), Some(x)) = (tile, &x.tiles) {
+                    tiles::sums(format, &self.weights[unit * tile..][..tile], x, xs.clone(), &mut sums);
+                    self.write(unit * tiles::ROWS..n.min((unit + 1) * tiles::ROWS), xs, &sums);
+                } else {
+                    let rows = rows::Rows::of_unit(unit, n);
+                    rows::sums(self.matrix, self.weights, rows, &x.rows, xs.clone(), &mut sums);
+                    self.write(rows.iter(), xs, &sums);
                 }
-                self.write(rows.clone(), xs, &sums);
             }
         }
     }
 
-    fn write(&self, rows: Range<usize>, xs: Range<usize>, sums: &Sums) {
+    fn write(&self, rows: impl Iterator<Item = usize>, xs: Range<usize>, sums: &Sums) {
         let n = self.matrix.n();
-        for (j, x) in xs.enumerate() {
-            for (i, row) in rows.clone().enumerate() {
-                let (at, value) = (x * n + row, sums[i][j]);
+        for (row, sums) in rows.zip(sums) {
+            for (x, &value) in xs.clone().zip(sums) {
+                let at = x * n + row;
                 // SAFETY: `products` checked that the result has m n elements, x < m and row < n, and holds the
                 // mutable borrow for as long as threads run. Each unit is taken by one thread, and units have disjoint
                 // rows, so that no other thread touches this element.

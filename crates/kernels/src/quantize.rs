@@ -64,7 +64,7 @@ fn fill(level: Level, layout: Layout, rows: &[f32], k: usize, tile: &mut [u8]) -
     match level {
         // SAFETY: pools take only levels that the processor has.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { fill_avx512(layout, rows, k, tile) },
+        Level::Avx512 | Level::Avx512Bf16 => unsafe { fill_avx512(layout, rows, k, tile) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { fill_avx2(layout, rows, k, tile) },

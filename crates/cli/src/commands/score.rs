@@ -3,7 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use engine::Runtime;
 use engine::data::Tokenizer;
+use engine::decode::{DecodeOptions, Decoder, Quantization};
+use engine::divergence::{Divergence, divergence};
 use engine::generate::encode_written;
 use engine::score::{Score, Windows, score};
 use serde_json::{Value, json};
@@ -39,6 +42,13 @@ pub(crate) struct Args {
     /// Key of the text in JSON lines.
     #[arg(long, value_name = "KEY", default_value = "text")]
     column: String,
+    /// Compare weights of 8.25 or 4.5 bits with those that are stored: likelihood by both, and KL of the former from the latter.
+    /// Token by token, as generating does. On a CPU.
+    #[arg(long, value_name = "int8|int4")]
+    quantize: Option<Quantization>,
+    /// With --quantize: windows side by side.
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "quantize")]
+    sequences: usize,
     /// Print the result as JSON on stdout.
     #[arg(long)]
     json: bool,
@@ -57,6 +67,7 @@ const EXAMPLES: &str = "\
 Examples:
   lapidary score ./gemma-4-E2B book.txt
   lapidary score ./gemma-4-E2B book.txt --window 1024 --stride 512
+  lapidary score ./gemma-4-E2B book.txt --window 512 --quantize int4
   lapidary score ./run/checkpoints/900 --tokenizer bytes held_out.jsonl --json --documents";
 
 /// A document and its place in the file.
@@ -78,6 +89,9 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     ui.say(format!("{} documents, {} tokens; activations {}", documents.len(), grouped(total as u64), setup.dtype));
 
     let runtime = args.engine.start(ui)?;
+    if let Some(quantize) = args.quantize {
+        return compare(ui, args, &runtime, &setup, quantize, &windows, &tokens);
+    }
     let session = super::verify::place(ui, &runtime, &setup.model, setup.dtype)?;
     let clock = Instant::now();
     let bar = ui.count_bar("scoring", total as u64);
@@ -113,6 +127,75 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         ));
     }
     ui.say(format!("in {}, {:.0} tokens/s", seconds(took), sum.tokens as f64 / took.as_secs_f64()));
+    Ok(Outcome::Yes)
+}
+
+/// The same text by weights as they are stored and quantized.
+fn compare(
+    ui: &Ui,
+    args: &Args,
+    runtime: &Runtime,
+    setup: &Setup,
+    quantize: Quantization,
+    windows: &Windows,
+    documents: &[Vec<i32>],
+) -> CommandResult {
+    if args.documents || args.sequences == 0 {
+        return Err(Failure::usage("--quantize compares all documents together, with --sequences of at least 1"));
+    }
+    // All windows of all documents would be better side by side; a long text makes no difference.
+    let options = DecodeOptions {
+        sequences: args.sequences,
+        context: windows.length.saturating_add(1),
+        dtype: setup.dtype,
+        ..DecodeOptions::default()
+    };
+    let spinner = ui.spinner("placing weights, quantizing, compiling");
+    let mut stored = Decoder::new(runtime, setup.model.clone(), options.clone())?;
+    let mut ours = Decoder::new(runtime, setup.model.clone(), DecodeOptions { quantize: Some(quantize), ..options })?;
+    spinner.finish_and_clear();
+    let clock = Instant::now();
+    let total: usize = documents.iter().map(Vec::len).sum();
+    let bar = ui.count_bar("scoring", total as u64);
+    let mut sum = Divergence::default();
+    for ids in documents {
+        let before = sum.ours.tokens;
+        sum.add(&divergence(&mut stored, &mut ours, ids, windows, |done| bar.set_position(before + done))?);
+    }
+    bar.finish_and_clear();
+    if sum.ours.tokens == 0 {
+        return Err(Failure::run(format!("{}: there is no token to predict", args.file.display())));
+    }
+    let took = clock.elapsed();
+    let distance = sum.summary();
+    if args.json {
+        ui.json(&json!({
+            "model": setup.model.path(), "file": args.file, "lapidary": env!("CARGO_PKG_VERSION"),
+            "dtype": setup.dtype.name(), "quantize": quantize.name(), "window": windows.length, "stride": windows.stride,
+            "bos": windows.bos, "documents": documents.len(), "tokens": sum.ours.tokens,
+            "as_stored": { "loss": sum.reference.loss(), "perplexity": sum.reference.perplexity() },
+            "quantized": { "loss": sum.ours.loss(), "perplexity": sum.ours.perplexity() },
+            "distance": distance, "seconds": took.as_secs_f64(),
+        }))?;
+    } else {
+        ui.data(format!(
+            "{} tokens: loss {:.4} nats a token as stored, {:.4} in {}; perplexity {:.3}, {:.3}",
+            grouped(sum.ours.tokens),
+            sum.reference.loss(),
+            sum.ours.loss(),
+            quantize.name(),
+            sum.reference.perplexity(),
+            sum.ours.perplexity()
+        ));
+        ui.data(format!(
+            "KL of {} from the weights as stored: mean {:.3e}, largest {:.3e} nats; the same most likely token {:.2} % of the time",
+            quantize.name(),
+            distance.mean_kl,
+            distance.max_kl,
+            100.0 * distance.top1_agreement
+        ));
+    }
+    ui.say(format!("in {}, {:.1} tokens/s", seconds(took), sum.ours.tokens as f64 / took.as_secs_f64()));
     Ok(Outcome::Yes)
 }
 

@@ -8,6 +8,7 @@ use pjrt::{Buffer, Placement};
 use rayon::prelude::*;
 use tensor::{DType, HostArray};
 
+use super::Quantization;
 use crate::forward::{Placed, narrow, placed_as};
 use crate::kernels::{self, Session};
 use crate::{EngineError, Model, Result, Runtime};
@@ -40,18 +41,9 @@ impl Matrices {
     ) -> Result<Self> {
         let client = runtime.client();
         kernels::register(client)?;
-        let found: Vec<(Matrix, Placement)> = called_matrices(model.arch())
-            .into_par_iter()
-            .map(|p| {
-                let (n, k) = (p.shape.dims()[0], p.shape.dims()[1]);
-                let (matrix, placement) = matrix(model, &p.name, n, k, dtype)?;
-                let Some(format) = quantize else { return Ok((matrix, placement)) };
-                let named = |e: ::kernels::KernelError| EngineError::Input(format!("{}: {e}", p.name));
-                Ok((matrix.quantize(kernels::pool(), format).map_err(named)?, Placement::Copied))
-            })
-            .collect::<Result<_>>()?;
+        let found = find(model, dtype, quantize)?;
         let mut matrices = Vec::with_capacity(found.len());
-        for (matrix, placement) in found {
+        for (_, matrix, placement) in found {
             placed.count(placement, matrix.bytes().len());
             matrices.push(matrix);
         }
@@ -64,6 +56,51 @@ impl Matrices {
     pub(super) fn bytes(&self) -> usize {
         self.session.bytes()
     }
+}
+
+/// Every matrix of a model, with its name.
+fn find(model: &Model, dtype: DType, quantize: Option<Format>) -> Result<Vec<(String, Matrix, Placement)>> {
+    called_matrices(model.arch())
+        .into_par_iter()
+        .map(|p| {
+            let (n, k) = (p.shape.dims()[0], p.shape.dims()[1]);
+            let (matrix, placement) = matrix(model, &p.name, n, k, dtype)?;
+            let Some(format) = quantize else { return Ok((p.name, matrix, placement)) };
+            let named = |e: ::kernels::KernelError| EngineError::Input(format!("{}: {e}", p.name));
+            let quantized = matrix.quantize(kernels::pool(), format).map_err(named)?;
+            Ok((p.name, quantized, Placement::Copied))
+        })
+        .collect()
+}
+
+/// The matrices of a model that do the same in different layers.
+#[derive(Debug)]
+pub struct Alike {
+    /// Their name without the layer: `mlp.gate_proj.weight`.
+    pub name: String,
+    /// The matrices, in the order of layers, all of one shape.
+    pub matrices: Vec<Matrix>,
+}
+
+/// The matrices that decode steps multiply with, as they lie then. A role with two shapes comes twice.
+///
+/// # Errors
+/// When a weight cannot be read or quantized.
+pub fn matrices_by_role(model: &Model, dtype: DType, quantize: Option<Quantization>) -> Result<Vec<Alike>> {
+    let mut all: Vec<Alike> = Vec::new();
+    for (name, matrix, _) in find(model, dtype, quantize.map(Quantization::format))? {
+        let role = match name.strip_prefix("layers.").and_then(|rest| rest.split_once('.')) {
+            Some((_, role)) => role.to_owned(),
+            None => name,
+        };
+        let shape = |m: &Matrix| (m.n(), m.k());
+        let like = all.iter_mut().find(|a| a.name == role && a.matrices.iter().all(|m| shape(m) == shape(&matrix)));
+        match like {
+            Some(alike) => alike.matrices.push(matrix),
+            None => all.push(Alike { name: role, matrices: vec![matrix] }),
+        }
+    }
+    Ok(all)
 }
 
 /// One matrix for activations in `dtype`.

@@ -19,6 +19,7 @@ use tensor::{DType, HostArray, Shape};
 pub use chunks::CHUNKS;
 use chunks::{capacity_for, next_chunk};
 use matrices::Matrices;
+pub use matrices::{Alike, matrices_by_role};
 use programs::Programs;
 
 use crate::forward::{CompileTimes, Placed, place, placed_as};
@@ -256,9 +257,33 @@ impl<'r> Decoder<'r> {
     /// When a program does not compile or weights cannot be placed.
     pub fn prepare(&mut self, tokens: usize) -> Result<Duration> {
         let start = std::time::Instant::now();
+        let mut wanted = self.for_prompt(tokens)?;
+        wanted.push(self.cached_options(1, true, true));
+        self.compile(&wanted)?;
+        Ok(start.elapsed())
+    }
+
+    /// As [`Decoder::prepare`], but the program for decode steps is compiled behind: the first step waits for it, if it
+    /// is not there by then.
+    ///
+    /// # Errors
+    /// When a program does not compile or weights cannot be placed.
+    pub fn prepare_prompt(&mut self, tokens: usize) -> Result<Duration> {
+        let start = std::time::Instant::now();
+        let wanted = self.for_prompt(tokens)?;
+        let step = self.cached_options(1, true, true);
+        if !wanted.contains(&step) {
+            self.programs.begin(self.runtime.compiler(), &self.model, step, self.stored());
+        }
+        self.compile(&wanted)?;
+        Ok(start.elapsed())
+    }
+
+    /// The programs for a prompt of so many tokens, for which there is room then.
+    fn for_prompt(&mut self, tokens: usize) -> Result<Vec<CachedOptions>> {
         let mut left = tokens.min(self.options.context);
         self.grow(self.needed(&vec![left; self.options.sequences]))?;
-        let mut wanted = vec![self.cached_options(1, true, true)];
+        let mut wanted = Vec::new();
         let mut past = false;
         while left > 0 {
             let chunk = next_chunk(&self.options.chunks, left);
@@ -269,8 +294,19 @@ impl<'r> Decoder<'r> {
             }
             past = true;
         }
-        self.compile(&wanted)?;
-        Ok(start.elapsed())
+        Ok(wanted)
+    }
+
+    /// The dtype of a parameter as programs take it, and of the token table's rows.
+    fn stored(&self) -> impl Fn(&str) -> DType + Send + Sync + 'static {
+        let (model, dtype) = (Arc::clone(&self.model), self.options.dtype);
+        let (rows, per_layer) = (self.embed.dtype(), self.per_layer.as_ref().map(RowTable::dtype));
+        move |name: &str| match (name, per_layer) {
+            (input::EMBED_ROWS, _) => rows,
+            (EMBED_TOKENS_PER_LAYER, Some(stored)) => stored,
+            // Names are those of the parameter table.
+            _ => model.dtype(name).map_or(dtype, |d| placed_as(d, dtype)),
+        }
     }
 
     fn ring(&self) -> usize {
@@ -331,14 +367,8 @@ impl<'r> Decoder<'r> {
     /// Compiles programs and places the weights they read, so far as that is not done yet.
     fn compile(&mut self, wanted: &[CachedOptions]) -> Result<()> {
         let dtype = self.options.dtype;
-        let (model, per_layer, embed) = (&self.model, &self.per_layer, &self.embed);
-        let stored = |name: &str| match (name, per_layer) {
-            (input::EMBED_ROWS, _) => embed.dtype(),
-            (EMBED_TOKENS_PER_LAYER, Some(table)) => table.dtype(),
-            // Names are those of the parameter table.
-            _ => model.dtype(name).map_or(dtype, |d| placed_as(d, dtype)),
-        };
-        for (options, fed) in self.programs.compile(self.runtime, model.arch(), wanted, &stored)? {
+        let (stored, compiler) = (self.stored(), self.runtime.compiler());
+        for (options, fed) in self.programs.compile(compiler, self.model.arch(), wanted, &stored)? {
             for name in &fed.params {
                 if !self.weights.contains_key(name) {
                     let (buffer, placement) = place(self.runtime, &self.model, name, dtype)?;
@@ -436,6 +466,14 @@ impl LanguageModel for Decoder<'_> {
 
     fn context(&self) -> usize {
         self.options.context
+    }
+
+    fn compiling(&self) -> Duration {
+        self.programs.times().total
+    }
+
+    fn bytes_per_step(&self) -> Option<usize> {
+        self.matrices.as_ref().map(Matrices::bytes)
     }
 
     fn feed(&mut self, tokens: &[&[i32]]) -> Result<Vec<f32>> {

@@ -10,6 +10,8 @@ mod text;
 mod uncached;
 mod writer;
 
+use std::time::Duration;
+
 pub use error::GenerateError;
 pub use run::{Finish, Sequence, Timing, Verdict, generate};
 pub use sampling::{Choice, Sampler, Sampling};
@@ -37,6 +39,16 @@ pub trait LanguageModel {
 
     /// Most tokens that a slot can hold.
     fn context(&self) -> usize;
+
+    /// Time spent so far on waiting for programs to be compiled: no part of what generating takes.
+    fn compiling(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    /// Bytes of weights that a step reads, where a step is little more than that.
+    fn bytes_per_step(&self) -> Option<usize> {
+        None
+    }
 
     /// Appends tokens (a prompt, a continuation or a single next token) to each slot; an empty slice leaves a slot alone.
     ///

@@ -105,7 +105,7 @@ pub fn generate(
         .collect();
     let mut count = vec![0usize; slots];
     let mut last = vec![0i32; slots];
-    let mut clock = Instant::now();
+    let (mut clock, mut compiling) = (Instant::now(), model.compiling());
     let mut first = true;
     while finished.iter().any(Option::is_none) {
         let feed: Vec<&[i32]> = (0..slots)
@@ -137,15 +137,16 @@ pub fn generate(
             };
         }
         timing.new_tokens += chosen;
+        let took = clock.elapsed().saturating_sub(model.compiling().saturating_sub(compiling));
         if first {
-            timing.first_token = clock.elapsed();
+            timing.first_token = took;
         } else {
             timing.steps += 1;
             timing.step_tokens += chosen;
-            timing.decode += clock.elapsed();
+            timing.decode += took;
         }
         first = false;
-        clock = Instant::now();
+        (clock, compiling) = (Instant::now(), model.compiling());
     }
     Ok((finished.into_iter().map(|f| f.unwrap_or(Finish::Length)).collect(), timing))
 }

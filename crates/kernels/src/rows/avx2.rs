@@ -1,15 +1,15 @@
 //! For AVX2 with FMA.
 
 use std::arch::x86_64::*;
-use std::ops::Range;
 
+use super::{AHEAD, Place, Rows};
 use crate::Format;
-use crate::product::Sums;
+use crate::product::{MAX_M, Sums};
 
 /// Elements of a step.
 const STEP: usize = 16;
 
-dispatch!("avx2,fma", 1: 4, 2: 4, 3: 2, 4: 2, 5: 2, 6: 1, 7: 1, 8: 1);
+dispatch!("avx2,fma", 1: 8, 2: 4, 3: 2, 4: 2, 5: 2, 6: 1, 7: 1, 8: 1);
 
 /// How 16 elements become two vectors of f32.
 trait Widen {
@@ -46,22 +46,20 @@ impl Widen for F32 {
     }
 }
 
-/// The sums of `R` rows from `first` with `M` rows of `x`, written from row `at` of the sums.
+/// Computes the sums of `R` rows with `M` rows of `x`.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 fn block<W: Widen, const R: usize, const M: usize>(
     weights: &[u8],
-    first: usize,
+    at: Place,
     k: usize,
     x: &[f32],
     stride: usize,
-    sums: &mut Sums,
-    at: usize,
-) {
-    let weights = &weights[first * k * W::SIZE..(first + R) * k * W::SIZE];
+    sums: &mut [[f32; MAX_M]],
+) -> usize {
+    let weights = at.weights(weights, R, k * W::SIZE);
     let x = &x[..M * stride];
     assert!(stride >= k.next_multiple_of(STEP));
-    let pitch = k * W::SIZE;
     let (w, x) = (weights.as_ptr(), x.as_ptr());
     let mut acc = [[_mm256_setzero_ps(); M]; R];
     let mut add = |j: usize, r: usize, (low, high): (__m256, __m256)| {
@@ -77,10 +75,9 @@ fn block<W: Widen, const R: usize, const M: usize>(
     let whole = k / STEP * STEP;
     for j in (0..whole).step_by(STEP) {
         for r in 0..R {
-            let from = w.wrapping_add(r * pitch + j * W::SIZE);
-            if R > 1 {
-                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(R * pitch).cast());
-            }
+            let from = w.wrapping_add(r * at.pitch + j * W::SIZE);
+            // To the second cache: the first one is for x.
+            _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(AHEAD).cast());
             // SAFETY: the step lies within row r of the weights.
             add(j, r, unsafe { W::load(from) });
         }
@@ -90,17 +87,18 @@ fn block<W: Widen, const R: usize, const M: usize>(
         let mut last = [0u8; STEP * 4];
         let size = (k - whole) * W::SIZE;
         for r in 0..R {
-            let from = r * pitch + whole * W::SIZE;
+            let from = r * at.pitch + whole * W::SIZE;
             last[..size].copy_from_slice(&weights[from..from + size]);
             // SAFETY: the array holds a step of either type.
             add(whole, r, unsafe { W::load(last.as_ptr()) });
         }
     }
-    for (sums, acc) in sums[at..at + R].iter_mut().zip(&acc) {
+    for (sums, acc) in sums[..R].iter_mut().zip(&acc) {
         for (sum, &acc) in sums.iter_mut().zip(acc) {
             let half = _mm_add_ps(_mm256_castps256_ps128(acc), _mm256_extractf128_ps::<1>(acc));
             let quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
             *sum = _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
         }
     }
+    R
 }

@@ -1,15 +1,15 @@
 //! For AVX-512.
 
 use std::arch::x86_64::*;
-use std::ops::Range;
 
+use super::{AHEAD, Place, Rows};
 use crate::Format;
-use crate::product::Sums;
+use crate::product::{MAX_M, Sums};
 
 /// Elements of a step.
 const STEP: usize = 32;
 
-dispatch!("avx512f,avx512bw", 1: 4, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2, 7: 2, 8: 2);
+dispatch!("avx512f,avx512bw", 1: 8, 2: 4, 3: 4, 4: 4, 5: 2, 6: 2, 7: 2, 8: 2);
 
 /// How 32 elements become two vectors of f32.
 trait Widen {
@@ -73,22 +73,20 @@ impl Widen for F32 {
     }
 }
 
-/// The sums of `R` rows from `first` with `M` rows of `x`, written from row `at` of the sums.
+/// Computes the sums of `R` rows with `M` rows of `x`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn block<W: Widen, const R: usize, const M: usize>(
     weights: &[u8],
-    first: usize,
+    at: Place,
     k: usize,
     x: &[f32],
     stride: usize,
-    sums: &mut Sums,
-    at: usize,
-) {
-    let weights = &weights[first * k * W::SIZE..(first + R) * k * W::SIZE];
+    sums: &mut [[f32; MAX_M]],
+) -> usize {
+    let weights = at.weights(weights, R, k * W::SIZE);
     let x = &x[..M * stride];
     assert!(stride >= k.next_multiple_of(STEP));
-    let pitch = k * W::SIZE;
     let (w, x) = (weights.as_ptr(), x.as_ptr());
     let mut acc = [[_mm512_setzero_ps(); M]; R];
     let mut add = |j: usize, r: usize, (low, high): (__m512, __m512)| {
@@ -104,12 +102,12 @@ fn block<W: Widen, const R: usize, const M: usize>(
     let whole = k / STEP * STEP;
     for j in (0..whole).step_by(STEP) {
         for r in 0..R {
-            let from = w.wrapping_add(r * pitch + j * W::SIZE);
-            if R > 1 {
-                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(R * pitch).cast());
-                if W::SIZE == 4 {
-                    _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(R * pitch + 64).cast());
-                }
+            let from = w.wrapping_add(r * at.pitch + j * W::SIZE);
+            // To the second cache: the first one is for x.
+            let ahead = from.wrapping_add(AHEAD);
+            _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
+            if W::SIZE == 4 {
+                _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(64).cast());
             }
             // SAFETY: the step lies within row r of the weights.
             add(j, r, unsafe { W::load(from) });
@@ -119,12 +117,13 @@ fn block<W: Widen, const R: usize, const M: usize>(
         let mask = (1u32 << (k - whole)) - 1;
         for r in 0..R {
             // SAFETY: the elements in the mask are the last ones of row r.
-            add(whole, r, unsafe { W::load_masked(w.wrapping_add(r * pitch + whole * W::SIZE), mask) });
+            add(whole, r, unsafe { W::load_masked(w.wrapping_add(r * at.pitch + whole * W::SIZE), mask) });
         }
     }
-    for (sums, acc) in sums[at..at + R].iter_mut().zip(&acc) {
+    for (sums, acc) in sums[..R].iter_mut().zip(&acc) {
         for (sum, &acc) in sums.iter_mut().zip(acc) {
             *sum = _mm512_reduce_add_ps(acc);
         }
     }
+    R
 }

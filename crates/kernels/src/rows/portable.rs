@@ -1,18 +1,17 @@
 //! For any machine.
 
-use std::ops::Range;
-
 use half::bf16;
 
+use super::Rows;
 use crate::Format;
 use crate::product::Sums;
 
 /// Running sums of a row, which compilers turn into vectors.
 pub(super) const WIDTH: usize = 8;
 
-pub(super) fn sums(format: Format, weights: &[u8], rows: Range<usize>, k: usize, x: &[f32], sums: &mut Sums) {
+pub(super) fn sums(format: Format, weights: &[u8], rows: Rows, k: usize, x: &[f32], sums: &mut Sums) {
     let stride = k.next_multiple_of(WIDTH).max(1);
-    for (row, sums) in rows.zip(sums.iter_mut()) {
+    for (row, sums) in rows.iter().zip(sums.iter_mut()) {
         for (x, sum) in x.chunks_exact(stride).zip(sums.iter_mut()) {
             *sum = match format {
                 Format::F32 => dot(weights[row * k * 4..(row + 1) * k * 4].as_chunks().0, x, f32::from_le_bytes),

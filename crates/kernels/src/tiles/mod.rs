@@ -120,7 +120,7 @@ impl Prepared {
     pub(crate) fn new(level: Level, x: Rows<'_>, m: usize, k: usize) -> Self {
         let groups = k.div_ceil(BLOCK) * (BLOCK / GROUP);
         let padded = m * groups * GROUP;
-        let (bytes, whole) = if level == Level::Avx512 { (padded, 0) } else { (0, padded) };
+        let (bytes, whole) = if level >= Level::Avx512 { (padded, 0) } else { (0, padded) };
         let mut prepared = Prepared {
             level,
             groups,
@@ -133,7 +133,7 @@ impl Prepared {
         match level {
             // SAFETY: pools take only levels that the processor has.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => unsafe { avx512::prepare(&mut prepared, x, m, k) },
+            Level::Avx512 | Level::Avx512Bf16 => unsafe { avx512::prepare(&mut prepared, x, m, k) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => unsafe { avx2::prepare(&mut prepared, x, m, k) },
@@ -184,7 +184,7 @@ impl Prepared {
         self.sums[at] = sum;
         let places = at * GROUP..(at + 1) * GROUP;
         match self.level {
-            Level::Avx512 => {
+            Level::Avx512 | Level::Avx512Bf16 => {
                 let (high, low) = (&mut self.high[places.clone()], &mut self.low[places]);
                 for ((high, low), n) in high.iter_mut().zip(low).zip(numbers) {
                     // Truncation to the lower byte; the upper one makes up for its sign.
@@ -217,7 +217,7 @@ pub(crate) fn sums(format: Format, tile: &[u8], x: &Prepared, xs: Range<usize>, 
     match x.level {
         // SAFETY: such a level is only prepared for where the processor has it.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { avx512::sums(format, tile, x, xs, sums) },
+        Level::Avx512 | Level::Avx512Bf16 => unsafe { avx512::sums(format, tile, x, xs, sums) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => unsafe { avx2::sums(format, tile, x, xs, sums) },

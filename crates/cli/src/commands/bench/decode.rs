@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use engine::decode::{DecodeOptions, Decoder, Quantization};
 use engine::generate::LanguageModel;
-use engine::kernels::read_bandwidth;
+use engine::kernels::{Bandwidth, Spent, spent};
 use serde_json::json;
 use tensor::DType;
 
@@ -82,6 +82,27 @@ fn ids(n: usize, vocab: usize) -> Vec<i32> {
     (0..n).map(|i| i32::try_from((i * 7919 + i * i) % vocab.max(1)).unwrap_or(0)).collect()
 }
 
+/// A timed run.
+#[derive(Debug)]
+struct Run {
+    /// Seconds of a step.
+    step: f64,
+    /// What the products of all its steps took.
+    products: Spent,
+    /// Bytes a second, read before and after.
+    bandwidth: f64,
+}
+
+fn median(runs: &[Run], of: impl Fn(&Run) -> f64) -> f64 {
+    let mut all: Vec<f64> = runs.iter().map(of).collect();
+    all.sort_unstable_by(f64::total_cmp);
+    all.get(all.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn least(runs: &[Run], of: impl Fn(&Run) -> f64) -> f64 {
+    runs.iter().map(of).fold(f64::INFINITY, f64::min)
+}
+
 pub(super) fn decode(ui: &Ui, args: &DecodeArgs) -> CommandResult {
     let common = &args.common;
     if args.tokens == 0 || args.prompt == 0 || common.repeat == 0 || common.sequences == 0 {
@@ -93,42 +114,62 @@ pub(super) fn decode(ui: &Ui, args: &DecodeArgs) -> CommandResult {
     let mut decoder = Decoder::new(&runtime, model, common.options(args.prompt + args.tokens))?;
     let compile = decoder.prepare(args.prompt)?;
     let prompt = ids(args.prompt, vocab);
-    let mut times = Vec::new();
-    let mut bandwidth = read_bandwidth()?;
+    let reading = Bandwidth::new()?;
+    let mut runs = Vec::new();
     for run in 0..=common.repeat {
         decoder.reset();
         decoder.feed(&vec![prompt.as_slice(); common.sequences])?;
         let next = ids(args.tokens + 1, vocab);
-        let start = Instant::now();
+        // Speed of memory changes on a machine that is shared: what a run is compared with is measured around it.
+        let before = reading.measure(3);
+        let (start, products) = (Instant::now(), spent());
         for token in next.chunks(1).take(args.tokens) {
             decoder.feed(&vec![token; common.sequences])?;
         }
+        let (time, products) = (start.elapsed(), spent().since(products));
         if run > 0 {
-            times.push(start.elapsed() / u32::try_from(args.tokens).unwrap_or(u32::MAX));
+            let bandwidth = (before + reading.measure(3)) / 2.0;
+            runs.push(Run { step: time.as_secs_f64() / args.tokens as f64, products, bandwidth });
         }
     }
-    bandwidth = bandwidth.max(read_bandwidth()?);
-    let (median, min) = median_and_min(times);
     let bytes = decoder.bytes_per_step() as f64;
-    let rate = common.sequences as f64 / median;
+    let (step, least) = (median(&runs, |r| r.step), least(&runs, |r| r.step));
+    let bandwidth = median(&runs, |r| r.bandwidth);
+    let share = median(&runs, |r| bytes / r.step / r.bandwidth);
+    let within = median(&runs, |r| r.products.time.as_secs_f64() / args.tokens as f64);
+    let calls = runs.first().map_or(0, |r| r.products.calls) / args.tokens as u64;
+    let products = median(&runs, |r| r.products.bytes as f64 / r.products.time.as_secs_f64() / r.bandwidth);
+    let rate = common.sequences as f64 / step;
     if common.json {
         ui.json(&json!({
             "model": common.model, "dtype": common.dtype.name(), "sequences": common.sequences,
-            "median_seconds": median, "min_seconds": min, "tokens_per_second": rate,
-            "bytes_per_step": bytes, "bytes_per_second": bytes / median, "read_bandwidth": bandwidth, "compile_seconds": compile.as_secs_f64(),
+            "quantize": common.quantize.map(Quantization::name),
+            "median_seconds": step, "min_seconds": least, "tokens_per_second": rate, "bytes_per_step": bytes,
+            "bytes_per_second": bytes / step, "read_bandwidth": bandwidth, "share_of_bandwidth": share,
+            "products": { "calls": calls, "median_seconds": within, "share_of_bandwidth": products },
+            "compile_seconds": compile.as_secs_f64(),
         }))?;
     } else {
         ui.data(format!(
-            "step: median {:.1} ms, min {:.1} ms, {rate:.2} tokens/s, {:.2} GB of weights at {:.1} GB/s, {:.0} % of \
-             {:.1} GB/s ({} to prepare)",
-            median * 1e3,
-            min * 1e3,
-            bytes / 1e9,
-            bytes / median / 1e9,
-            100.0 * bytes / median / bandwidth,
-            bandwidth / 1e9,
+            "step: median {:.1} ms, min {:.1} ms, {rate:.2} tokens/s ({} to prepare)",
+            step * 1e3,
+            least * 1e3,
             seconds(compile)
         ));
+        ui.data(format!(
+            "{:.2} GB of weights at {:.1} GB/s, {:.1} % of {:.1} GB/s at which memory was read around each run",
+            bytes / 1e9,
+            bytes / step / 1e9,
+            100.0 * share,
+            bandwidth / 1e9
+        ));
+        if calls > 0 {
+            ui.data(format!(
+                "{calls} calls of products: {:.1} ms of a step, at {:.1} % of that speed",
+                within * 1e3,
+                100.0 * products
+            ));
+        }
     }
     Ok(Outcome::Yes)
 }

@@ -2,6 +2,7 @@
 
 mod decode;
 mod forward;
+mod products;
 
 use std::time::Duration;
 
@@ -22,6 +23,7 @@ enum What {
     Forward(forward::Args),
     Decode(decode::DecodeArgs),
     Prefill(decode::PrefillArgs),
+    Products(products::Args),
 }
 
 pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
@@ -29,6 +31,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         What::Forward(args) => forward::run(ui, args),
         What::Decode(args) => decode::decode(ui, args),
         What::Prefill(args) => decode::prefill(ui, args),
+        What::Products(args) => products::run(ui, args),
     }
 }
 

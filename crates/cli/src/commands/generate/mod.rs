@@ -8,8 +8,10 @@ use std::path::PathBuf;
 
 use engine::generate::chat::{ChatTemplate, Conversation, Part};
 use engine::generate::{
-    Finish, GenerateError, Sampler, Sampling, Sequence, Timing, Verdict, Writer, encode_text, encode_written, generate,
+    Finish, GenerateError, LanguageModel, Sampler, Sampling, Sequence, Timing, Verdict, Writer, encode_text,
+    encode_written, generate,
 };
+use engine::kernels::Bandwidth;
 
 use self::setup::{ChatArgs, DecodeArgs, ModelArgs, SamplingArgs, Setup, json_list};
 use super::{ArchArgs, CommandResult, EngineArgs, Failure, Outcome};
@@ -156,8 +158,13 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
             }
         })?;
     }
+    let speed = Speed::of(model.as_ref(), &timing);
     if args.json {
-        ui.json(&output::report(args.logprobs, &setup, &sampling, &stop_ids, &prompts, &writers, &finishes, &timing))?;
+        let mut report =
+            output::report(args.logprobs, &setup, &sampling, &stop_ids, &prompts, &writers, &finishes, &timing);
+        report["timing"]["weight_bytes_per_second"] = speed.as_ref().map(|s| s.weights).into();
+        report["timing"]["read_bandwidth"] = speed.as_ref().map(|s| s.memory).into();
+        ui.json(&report)?;
     } else if streams {
         printer.end();
     } else {
@@ -179,7 +186,37 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         }
     }
     say_timing(ui, &timing);
+    if let Some(speed) = speed {
+        ui.say(format!(
+            "weights were read at {:.1} GB/s, {:.0} % of the {:.1} GB/s at which memory is read now",
+            speed.weights / 1e9,
+            100.0 * speed.weights / speed.memory,
+            speed.memory / 1e9
+        ));
+    }
     Ok(Outcome::Yes)
+}
+
+/// Speeds in bytes a second.
+#[derive(Debug)]
+struct Speed {
+    /// Of reading weights, in all steps.
+    weights: f64,
+    /// Of reading memory, measured when the last step was done.
+    memory: f64,
+}
+
+/// Fewer steps say nothing, and the measurement takes as long as a step or two.
+const STEPS_TO_MEASURE: usize = 8;
+
+impl Speed {
+    fn of(model: &dyn LanguageModel, timing: &Timing) -> Option<Self> {
+        let bytes = model.bytes_per_step().filter(|_| timing.steps >= STEPS_TO_MEASURE)?;
+        let weights = bytes as f64 * timing.steps as f64 / timing.decode.as_secs_f64();
+        // Without memory to read there is nothing to say.
+        let memory = Bandwidth::new().ok()?.measure(3);
+        Some(Speed { weights, memory })
+    }
 }
 
 /// Every prompt, in the order of the options.

@@ -304,7 +304,7 @@ impl DecodeArgs {
         };
         let spinner = ui.spinner("placing weights, compiling");
         let mut decoder = Decoder::new(runtime, setup.model.clone(), options)?;
-        let took = decoder.prepare(prompt)?;
+        let took = decoder.prepare_prompt(prompt)?;
         spinner.finish_and_clear();
         let (placed, times) = (decoder.placed(), decoder.compile_times());
         ui.say(format!(
