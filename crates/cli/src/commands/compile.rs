@@ -46,7 +46,8 @@ pub(crate) struct Args {
 
 const EXAMPLES: &str = "\
 Examples:
-  lapidary compile --topology v5e:4x4 model_name=gemma4-e2b max_target_length=8192 remat_policy=full scan_layers=true
+  lapidary compile --topology v5e:4x4 model_name=gemma4-e2b max_target_length=8192 per_device_batch_size=1 \\
+      remat_policy=full scan_layers=true
   lapidary compile --topology h100:8 run.yml --json
   lapidary compile --topology cpu:8 model_name=tiny-e2b ici_fsdp_parallelism=4 ici_tensor_parallelism=2
 

@@ -38,7 +38,8 @@ pub(crate) struct Args {
 
 const EXAMPLES: &str = "\
 Examples:
-  lapidary plan --topology v5e:4x4 model_name=gemma4-e2b max_target_length=8192 remat_policy=full
+  lapidary plan --topology v5e:4x4 model_name=gemma4-e2b max_target_length=8192 per_device_batch_size=1 \\
+      remat_policy=full
   lapidary plan --topology h100:8 run.yml --all
   lapidary plan --devices 8 --memory 24 model_name=gemma4-e2b --json
 
