@@ -11,7 +11,7 @@ use tensor::DType;
 use crate::arch::{KvSource, LayerKind, PerKind};
 use crate::attention::KeyValues;
 use crate::layer::{LayerContext, LayerInput, LayerOutputs, LayerWeights, layer};
-use crate::layout::{Layout, Run, Slot, role};
+use crate::layout::{Layout, Run, Slot, Stretch, role, stretches};
 use crate::nn::{Angles, Result, of_layer, per_layer_inputs, project, rms_norm, scale_embedding, scale_f32, wide};
 use crate::params::EMBED_TOKENS;
 use crate::partition::{Spread, constrain, gather, names as axis};
@@ -256,25 +256,29 @@ impl Decoder<'_> {
         Ok((out[0], kv, None))
     }
 
-    /// A loop over repetitions of the pattern. Keys and values of donors, which are in the last repetition, come out of its
-    /// carry; those that its layers borrow go in as invariants.
+    /// A loop over repetitions of the pattern, and within it a loop over each stretch of like layers. Keys and values of donors,
+    /// which are the last of their stretch in the last repetition, come out of the carry; those that layers borrow go in as
+    /// invariants.
     fn looped(&self, start: usize, groups: usize, period: usize, state: &mut State) -> Result<()> {
         let g = self.g;
         let _scope = g.scope(&format!("layers.{start}-{}", start + groups * period - 1));
-        let contexts: Vec<LayerContext<'_>> = (start..start + period).map(|i| self.context(i)).collect();
         let dims = g.dims(state.x);
         let (b, t) = (dims[0], dims[1]);
 
         let mut carry = vec![state.x];
+        let mut bodies = Vec::new();
         let mut donors = Vec::new();
-        for (j, cx) in contexts.iter().enumerate() {
-            let last = start + (groups - 1) * period + j;
-            if self.arch.is_donor(last) {
+        for Stretch { first, length } in stretches(self.arch, start, period) {
+            let cx = self.context(first);
+            let last = first + (groups - 1) * period + length - 1;
+            let lends = self.arch.is_donor(last);
+            if lends {
                 let nothing = g.splat(self.dtype, [b, cx.layer.kv_heads, t, cx.layer.head_dim], 0.0)?;
                 let nothing = self.constrain(nothing, &[axis::KV_BATCH, axis::KV_HEADS, axis::LENGTH, axis::WHOLE])?;
                 carry.extend([nothing, nothing]);
-                donors.push((j, last));
+                donors.push(last);
             }
+            bodies.push(Body { first, length, cx, lends, slots: self.layer_slots(first) });
         }
         let mut consts = Vec::new();
         for kind in [LayerKind::Sliding, LayerKind::Full] {
@@ -282,21 +286,21 @@ impl Decoder<'_> {
             consts.extend([cos, sin]);
         }
         consts.extend(state.segments);
-        let mut borrowed: Vec<usize> = contexts
-            .iter()
-            .filter_map(|cx| match cx.layer.kv {
-                KvSource::Shared { donor } => Some(donor),
-                KvSource::Own => None,
-            })
-            .collect();
+        let mut borrowed: Vec<usize> = bodies.iter().filter_map(|body| body.donor()).collect();
         borrowed.sort_unstable();
         borrowed.dedup();
         for donor in &borrowed {
             let KeyValues { keys, values } = state.key_values[donor];
             consts.extend([keys, values]);
         }
-        let slots: Vec<Vec<(String, Value)>> = (start..start + period).map(|i| self.layer_slots(i)).collect();
-        let mut xs: Vec<Value> = slots.iter().flatten().map(|&(_, v)| v).collect();
+        let mut xs = Vec::new();
+        for body in &bodies {
+            for &(_, v) in &body.slots {
+                // [groups * length, ..] -> [groups, length, ..]
+                let split = [&[groups, body.length], &g.dims(v)[1..]].concat();
+                xs.push(if body.length > 1 { g.reshape(v, split)? } else { v });
+            }
+        }
         if let Some(ple) = state.ple {
             // [b, t, l, p] -> [groups, period, b, t, p]
             let p = g.dims(ple)[3];
@@ -307,45 +311,119 @@ impl Decoder<'_> {
         }
         let segmented = state.segments.is_some();
         let (out, _) = g.scan(groups, &carry, &xs, &consts, |g, c, x, k| {
-            let angles = PerKind { sliding: Angles { cos: k[0], sin: k[1] }, full: Angles { cos: k[2], sin: k[3] } };
-            let segments = segmented.then(|| k[4]);
             let lent = &k[4 + usize::from(segmented)..];
-            let mut hidden = c[0];
-            let mut carried = Vec::new();
-            let mut weights = x;
-            let ple = state.ple.and(x.last().copied());
-            for (j, cx) in contexts.iter().enumerate() {
-                let (own, rest) = weights.split_at(slots[j].len());
+            let mut next = vec![c[0]];
+            let (mut weights, mut kept) = (x, &c[1..]);
+            for body in &bodies {
+                let (own, rest) = weights.split_at(body.slots.len());
                 weights = rest;
-                let named = slots[j].iter().zip(own).map(|((name, _), &v)| (name.clone(), v)).collect();
-                let slice = ple.map(|ple| {
-                    let d = g.dims(ple);
-                    g.reshape(g.slice_dim(ple, 0, j, j + 1)?, [d[1], d[2], d[3]])
-                });
-                let from = match cx.layer.kv {
-                    KvSource::Shared { donor } => borrowed.iter().position(|&d| d == donor),
-                    KvSource::Own => None,
+                let at = body.first - start;
+                let ple = match state.ple.and(x.last()) {
+                    Some(&ple) => Some(g.slice_dim(ple, 0, at, at + body.length)?),
+                    None => None,
                 };
-                let input = LayerInput {
-                    x: hidden,
-                    ple: slice.transpose()?,
+                let angles = if body.cx.layer.kind == LayerKind::Sliding { &k[..2] } else { &k[2..4] };
+                let from = body.donor().and_then(|donor| borrowed.iter().position(|&d| d == donor));
+                let shared = Shared {
+                    angles: Angles { cos: angles[0], sin: angles[1] },
+                    segments: segmented.then(|| k[4]),
                     borrowed: from.map(|i| KeyValues { keys: lent[2 * i], values: lent[2 * i + 1] }),
-                    angles: angles.get(cx.layer.kind),
-                    segments,
-                    at: None,
                 };
-                let (next, kv, _) = self.rematerialised(g, cx, &input, &self.layer_weights(start + j, named))?;
-                hidden = next;
-                if donors.iter().any(|&(d, _)| d == j) {
-                    carried.extend(kv.into_iter().flat_map(|kv| [kv.keys, kv.values]));
-                }
+                let (before, rest) = kept.split_at(if body.lends { 2 } else { 0 });
+                kept = rest;
+                let after = self.stretch(g, body, next[0], before, own, ple, shared)?;
+                next[0] = after[0];
+                next.extend(&after[1..]);
             }
-            Ok(([vec![hidden], carried].concat(), vec![]))
+            Ok((next, vec![]))
         })?;
         state.x = out[0];
-        for (i, &(_, index)) in donors.iter().enumerate() {
+        for (i, &index) in donors.iter().enumerate() {
             state.key_values.insert(index, KeyValues { keys: out[1 + 2 * i], values: out[2 + 2 * i] });
         }
         Ok(())
+    }
+
+    /// One repetition of a stretch: its hidden state, then keys and values where it lends them. `own` are its parameters, `ple` its
+    /// per-layer inputs `[length, b, t, p]`, `before` the keys and values of the repetition before.
+    #[expect(clippy::too_many_arguments, reason = "what a body of a loop is given")]
+    fn stretch(
+        &self,
+        g: &Graph,
+        body: &Body<'_>,
+        x: Value,
+        before: &[Value],
+        own: &[Value],
+        ple: Option<Value>,
+        shared: Shared,
+    ) -> Result<Vec<Value>> {
+        // One layer: `w` its parameters, `ple` `[b, t, p]`.
+        let one = |g: &Graph, x: Value, w: &[Value], ple: Option<Value>, shared: Shared| -> Result<Vec<Value>> {
+            let named = body.slots.iter().zip(w).map(|((name, _), &v)| (name.clone(), v)).collect();
+            let Shared { angles, segments, borrowed } = shared;
+            let input = LayerInput { x, ple, borrowed, angles, segments, at: None };
+            let (next, kv, _) = self.rematerialised(g, &body.cx, &input, &self.layer_weights(body.first, named))?;
+            let lent = kv.filter(|_| body.lends).into_iter().flat_map(|kv| [kv.keys, kv.values]);
+            Ok([next].into_iter().chain(lent).collect())
+        };
+        if body.length == 1 {
+            let ple = match ple {
+                Some(ple) => Some(g.reshape(ple, g.dims(ple)[1..].to_vec())?),
+                None => None,
+            };
+            return one(g, x, own, ple, shared);
+        }
+        let carry: Vec<Value> = [x].iter().chain(before).copied().collect();
+        let xs: Vec<Value> = own.iter().copied().chain(ple).collect();
+        let (out, _) = g.scan(body.length, &carry, &xs, &shared.values(), |g, c, x, k| {
+            let (w, ple) = x.split_at(own.len());
+            Ok((one(g, c[0], w, ple.first().copied(), shared.with(k))?, vec![]))
+        })?;
+        Ok(out)
+    }
+}
+
+/// A stretch of like layers as a loop's body has it.
+struct Body<'a> {
+    first: usize,
+    length: usize,
+    cx: LayerContext<'a>,
+    /// Whether its last layer of the last repetition is a donor.
+    lends: bool,
+    slots: Vec<(String, Value)>,
+}
+
+impl Body<'_> {
+    /// Whose keys and values its layers borrow.
+    fn donor(&self) -> Option<usize> {
+        match self.cx.layer.kv {
+            KvSource::Shared { donor } => Some(donor),
+            KvSource::Own => None,
+        }
+    }
+}
+
+/// What the layers of a stretch have in common.
+#[derive(Clone, Copy)]
+struct Shared {
+    angles: Angles,
+    segments: Option<Value>,
+    borrowed: Option<KeyValues>,
+}
+
+impl Shared {
+    fn values(&self) -> Vec<Value> {
+        let borrowed = self.borrowed.into_iter().flat_map(|kv| [kv.keys, kv.values]);
+        [self.angles.cos, self.angles.sin].into_iter().chain(self.segments).chain(borrowed).collect()
+    }
+
+    /// The same with these values.
+    fn with(&self, v: &[Value]) -> Self {
+        let rest = &v[2 + usize::from(self.segments.is_some())..];
+        Shared {
+            angles: Angles { cos: v[0], sin: v[1] },
+            segments: self.segments.map(|_| v[2]),
+            borrowed: self.borrowed.map(|_| KeyValues { keys: rest[0], values: rest[1] }),
+        }
     }
 }

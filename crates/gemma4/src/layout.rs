@@ -1,8 +1,9 @@
 //! How a program holds its parameters: one array each, or those of like layers stacked for a loop.
 //!
 //! Scanning splits the layers into the two segments of the architecture (own keys and values, borrowed ones), each a whole
-//! number of repetitions of the pattern of kinds. A segment of several repetitions becomes one loop over them; the parameters
-//! of layer `j` of every repetition are one array with the repetition as leading dimension. Checkpoints know nothing of it.
+//! number of repetitions of the pattern of kinds. A segment of several repetitions becomes one loop over them, and within it, each
+//! stretch of like layers a loop of its own: of the five layers of E2B's pattern, the program has one of each kind. The
+//! parameters of a stretch in every repetition are one array, stacked in the order of layers. Checkpoints know nothing of it.
 
 use std::sync::Arc;
 
@@ -43,6 +44,27 @@ pub(crate) enum Run {
     Layer(usize),
     /// A loop over `groups` repetitions of `period` layers.
     Loop { start: usize, groups: usize, period: usize },
+}
+
+/// Neighbours within the repeated pattern that are alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stretch {
+    /// Index of the first one in the first repetition.
+    pub(crate) first: usize,
+    /// How many.
+    pub(crate) length: usize,
+}
+
+/// The stretches of `period` layers from `start` on.
+pub(crate) fn stretches(arch: &Arch, start: usize, period: usize) -> Vec<Stretch> {
+    let mut all: Vec<Stretch> = Vec::new();
+    for index in start..start + period {
+        match all.last_mut() {
+            Some(last) if arch.layers()[last.first] == arch.layers()[index] => last.length += 1,
+            _ => all.push(Stretch { first: index, length: 1 }),
+        }
+    }
+    all
 }
 
 /// The arrays of a program's parameters.
@@ -106,10 +128,13 @@ impl Layout {
                 groups => runs.push(Run::Loop { start, groups, period }),
             }
         }
+        // The stretch a layer is in, how often it repeats, and at what distance.
         let looped = |layer: usize| {
             runs.iter().find_map(|r| match *r {
                 Run::Loop { start, groups, period } if (start..start + groups * period).contains(&layer) => {
-                    Some((layer - start, groups, period))
+                    let at = start + (layer - start) % period;
+                    let mut all = stretches(arch, start, period).into_iter();
+                    all.find(|s| (s.first..s.first + s.length).contains(&at)).map(|s| (s, groups, period))
                 }
                 _ => None,
             })
@@ -119,13 +144,14 @@ impl Layout {
         for spec in &table {
             match spec.layer.and_then(looped) {
                 None => slots.push(single(spec.clone())),
-                Some((offset, groups, period)) if offset < period => {
-                    let members: Vec<ParamSpec> = (0..groups).filter_map(|i| moved(&table, spec, i * period)).collect();
+                Some((stretch, groups, period)) if spec.layer == Some(stretch.first) => {
+                    let layers = (0..groups).flat_map(|i| (0..stretch.length).map(move |j| i * period + j));
+                    let members: Vec<ParamSpec> = layers.filter_map(|by| moved(&table, spec, by)).collect();
                     let shape: Shape = [&[members.len()], spec.shape.dims()].concat().into();
-                    let name = format!("{}@{groups}", spec.name);
+                    let name = format!("{}@{}", spec.name, members.len());
                     slots.push(Slot { name, shape, members, stacked: true, sharding: None });
                 }
-                // Stacked with that of the first repetition.
+                // Stacked with that of the first layer of its stretch.
                 Some(_) => {}
             }
         }
@@ -179,12 +205,12 @@ impl Layout {
         self.runs.iter().any(|r| matches!(r, Run::Loop { .. }))
     }
 
-    /// Layers of the longest loop's body; 1 without loops.
+    /// Layers written out in the longest loop's body; 1 without loops.
     #[must_use]
-    pub fn longest_body(&self) -> usize {
-        let body = |r: &Run| match r {
+    pub fn longest_body(&self, arch: &Arch) -> usize {
+        let body = |r: &Run| match *r {
             Run::Layer(_) => 1,
-            Run::Loop { period, .. } => *period,
+            Run::Loop { start, period, .. } => stretches(arch, start, period).len(),
         };
         self.runs.iter().map(body).max().unwrap_or(1)
     }
@@ -245,6 +271,13 @@ mod tests {
         let looped = |start, groups, period| Run::Loop { start, groups, period };
         assert_eq!(runs(&e2b()), [looped(0, 3, 5), looped(15, 4, 5)]);
         assert_eq!(runs(&e4b()), [looped(0, 4, 6), looped(24, 3, 6)]);
+        let stretch = |first, length| Stretch { first, length };
+        assert_eq!(stretches(&e2b(), 15, 5), [stretch(15, 4), stretch(19, 1)]);
+        // Of own layers, four in three repetitions share an array; in checkpoints each is by itself.
+        let layout = Layout::scanned(&e2b()).unwrap();
+        let slot = layout.slots().iter().find(|s| s.name == "layers.0.mlp.up_proj.weight@12").unwrap();
+        let layers: Vec<usize> = slot.members.iter().filter_map(|m| m.layer).collect();
+        assert_eq!(layers, [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13]);
     }
 
     #[test]

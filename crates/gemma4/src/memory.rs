@@ -270,7 +270,7 @@ impl Counter<'_> {
             .enumerate()
             .map(|(i, layer)| {
                 let f = self.wide(axis::MLP, layer.mlp_width);
-                let arrays = match self.layout.longest_body() {
+                let arrays = match self.layout.longest_body(self.arch) {
                     1 => working::MLP * f,
                     n => f * n as u64 * working::MLP_IN_LOOP / 5,
                 };
