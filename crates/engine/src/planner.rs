@@ -276,7 +276,7 @@ mod tests {
             (traffic.gather, 7_273_742_336.0),
             (traffic.scatter, 4_693_721_088.0),
             (memory.arguments() as f64, 6_945_987_666.0),
-            (memory.total() as f64, 15_370_845_230.0),
+            (memory.total() as f64, 13_719_385_558.0),
         ] {
             assert!((planned / compiled - 1.0).abs() < 0.02, "{planned} {compiled}");
         }
