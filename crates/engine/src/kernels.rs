@@ -10,11 +10,12 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use ::kernels::{Matrix, Out, Pool, Reading, Rows};
+use ::kernels::{Matrix, Out, Pool, Product, Reading, Rows};
 use gemma4::called::PRODUCTS;
 pub use gemma4::called::products;
+use graph::ProductCalls;
 use half::bf16;
-use pjrt::ffi::{Attribute, Call, Handler};
+use pjrt::ffi::{Attribute, Call, Handler, Input, Output};
 use pjrt::{Client, PjrtError};
 use tensor::DType;
 
@@ -157,6 +158,7 @@ pub fn register(client: &Client) -> Result<(), PjrtError> {
     let mut done = DONE.write().unwrap_or_else(PoisonError::into_inner);
     if !done.contains(&plugin) {
         client.register_handler::<Products>()?;
+        client.register_handler::<MatrixProduct>()?;
         done.push(plugin);
     }
     Ok(())
@@ -206,6 +208,66 @@ impl Drop for Session {
     }
 }
 
+fn rows<'a>(x: &Input<'a>) -> Result<Rows<'a>, String> {
+    match x.dtype {
+        DType::BF16 => x.as_slice::<bf16>().map(Rows::Bf16),
+        _ => x.as_slice::<f32>().map(Rows::F32),
+    }
+}
+
+fn room<'a>(y: &'a mut Output<'_>) -> Result<Out<'a>, String> {
+    match y.dtype {
+        DType::BF16 => y.as_mut_slice::<bf16>().map(Out::Bf16),
+        _ => y.as_mut_slice::<f32>().map(Out::F32),
+    }
+}
+
+/// Which products of a program with activations in `dtype` this machine computes faster here than the compiler's libraries do;
+/// the functions must be [registered](register) before the program is compiled.
+#[must_use]
+pub fn product_calls(dtype: DType) -> Option<ProductCalls> {
+    let dtypes = match dtype {
+        DType::BF16 if ::kernels::has_bf16_products() => vec![DType::BF16, DType::F32],
+        DType::F32 if ::kernels::has_wide_products() => vec![DType::F32],
+        _ => return None,
+    };
+    Some(ProductCalls { target: MatrixProduct::NAME.to_owned(), dtypes, least_work: LEAST_WORK })
+}
+
+/// Multiplications that take as long as calling a function.
+const LEAST_WORK: usize = 1 << 20;
+
+/// What programs call for products of two of their values, see [`ProductCalls`].
+struct MatrixProduct;
+
+impl Handler for MatrixProduct {
+    const NAME: &'static str = "lapidary.matmul";
+
+    fn call(call: &mut Call<'_>) -> Result<(), String> {
+        let [l, r] = call.inputs[..] else {
+            return Err(format!("two operands are wanted, there are {}", call.inputs.len()));
+        };
+        let flag = |name: &str| call.attribute(name) == Some(Attribute::Int(1));
+        let (lhs_transposed, rhs_transposed) = (flag("lhs_transposed"), flag("rhs_transposed"));
+        let dims = |x: &Input<'_>, swap: bool| -> Result<[usize; 3], String> {
+            let &[b, i, j] = x.dims else { return Err(format!("an operand {:?} has not three dimensions", x.dims)) };
+            let [i, j] = if swap { [j, i] } else { [i, j] };
+            let [b, i, j] = [b, i, j].map(usize::try_from);
+            let text = |e: std::num::TryFromIntError| e.to_string();
+            Ok([b.map_err(text)?, i.map_err(text)?, j.map_err(text)?])
+        };
+        let [batch, m, k] = dims(&l, lhs_transposed)?;
+        let [other, k_too, n] = dims(&r, rhs_transposed)?;
+        if (batch, k) != (other, k_too) {
+            return Err(format!("operands {:?} and {:?} do not fit each other", l.dims, r.dims));
+        }
+        let product = Product { batch, m, n, k, lhs_transposed, rhs_transposed };
+        let mut outputs = std::mem::take(&mut call.outputs);
+        let [y] = &mut outputs[..] else { return Err(format!("one result is wanted, there are {}", outputs.len())) };
+        ::kernels::matmul(&|task| call.run(task), &product, rows(&l)?, rows(&r)?, &mut room(y)?).map_err(|e| e.to_string())
+    }
+}
+
 /// What programs call.
 struct Products;
 
@@ -236,18 +298,8 @@ impl Handler for Products {
         }
         let &[m, _] = x.dims else { return Err(format!("x {:?} is not a matrix", x.dims)) };
         let m = usize::try_from(m).map_err(|e| e.to_string())?;
-        let rows = match x.dtype {
-            DType::BF16 => Rows::Bf16(x.as_slice::<bf16>()?),
-            _ => Rows::F32(x.as_slice::<f32>()?),
-        };
-        let mut out = call
-            .outputs
-            .iter_mut()
-            .map(|y| match y.dtype {
-                DType::BF16 => y.as_mut_slice::<bf16>().map(Out::Bf16),
-                _ => y.as_mut_slice::<f32>().map(Out::F32),
-            })
-            .collect::<Result<Vec<Out<'_>>, String>>()?;
+        let rows = rows(&x)?;
+        let mut out = call.outputs.iter_mut().map(room).collect::<Result<Vec<Out<'_>>, String>>()?;
         let next = session.next(&numbers);
         ::kernels::products_before(pool(), rows, m, &used, &mut out, &next).map_err(|e| e.to_string())?;
         CALLS.fetch_add(1, Ordering::Relaxed);

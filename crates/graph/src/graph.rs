@@ -311,7 +311,7 @@ impl Graph {
             }
         }
         let i = self.inner.into_inner();
-        Ok(Program { name: i.name, body: i.body, inputs: i.inputs, outputs: i.outputs, mesh: i.mesh })
+        Ok(Program { name: i.name, body: i.body, inputs: i.inputs, outputs: i.outputs, mesh: i.mesh, calls: None })
     }
 
     /// Ends construction of a body.

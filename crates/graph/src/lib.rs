@@ -27,7 +27,7 @@ pub use op::{
     BinaryOp, Body, Compare, CustomCall, CustomVjp, DotDims, Node, Op, ReduceKind, Remat, Scan, TensorType, UnaryOp,
     ValueId, ValueInfo,
 };
-pub use program::{InputSpec, OutputSpec, Program};
+pub use program::{InputSpec, OutputSpec, ProductCalls, Program};
 pub use sharding::{Mesh, Sharding};
 
 #[cfg(test)]

@@ -35,6 +35,20 @@ pub struct OutputSpec {
     pub reuses: Option<usize>,
 }
 
+/// Which products print as calls of a function that the runtime provides, rather than as ops of the compiler.
+///
+/// The function gets both operands as `[batch, m, k]` and `[batch, k, n]`, or with the last two dimensions exchanged where the
+/// attribute `lhs_transposed` or `rhs_transposed` is 1, and gives `[batch, m, n]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProductCalls {
+    /// The registered name.
+    pub target: String,
+    /// Dtypes of operands that it takes; both have the same.
+    pub dtypes: Vec<DType>,
+    /// Multiplications from which a call is worth it.
+    pub least_work: usize,
+}
+
 /// A finished program: inputs, outputs and the nodes between.
 #[derive(Debug, Clone)]
 pub struct Program {
@@ -45,6 +59,7 @@ pub struct Program {
     /// The outputs, in result order.
     pub outputs: Vec<OutputSpec>,
     pub(crate) mesh: Option<Mesh>,
+    pub(crate) calls: Option<ProductCalls>,
 }
 
 impl Program {
@@ -70,6 +85,14 @@ impl Program {
     #[must_use]
     pub fn mesh(&self) -> Option<&Mesh> {
         self.mesh.as_ref()
+    }
+
+    /// Has products computed by a function of the runtime wherever one fits it. Means nothing to a program on a mesh: calls are not
+    /// partitioned.
+    #[must_use]
+    pub fn with_product_calls(mut self, calls: ProductCalls) -> Self {
+        self.calls = self.mesh.is_none().then_some(calls);
+        self
     }
 
     /// The program as StableHLO text: deterministic, with exact constants and without dead nodes.

@@ -59,6 +59,23 @@ pub enum KernelError {
         /// Number of results.
         results: usize,
     },
+    /// An operand or the result of a product has another size than it says.
+    #[error("{what} has {got} elements, and {batch} times {a} by {b} are wanted")]
+    Operand {
+        /// Which.
+        what: &'static str,
+        /// Elements it has.
+        got: usize,
+        /// Products beside each other.
+        batch: usize,
+        /// Extent.
+        a: usize,
+        /// Extent.
+        b: usize,
+    },
+    /// Operands are of two kinds.
+    #[error("both operands of a product must be f32, or both bf16")]
+    Mixed,
     /// A weight that is infinite or not a number cannot be quantised.
     #[error("row {row} of the matrix holds a value that is not finite, and cannot be quantised")]
     NotFinite {

@@ -24,6 +24,7 @@
 mod bandwidth;
 mod bytes;
 mod error;
+mod gemm;
 mod level;
 mod matrix;
 mod pool;
@@ -36,6 +37,7 @@ mod tiles;
 pub use bandwidth::Reading;
 pub use bytes::Bytes;
 pub use error::KernelError;
+pub use gemm::{Product, has_bf16_products, has_wide_products, matmul};
 pub use level::Level;
 pub use matrix::{Format, Matrix};
 pub use pool::Pool;

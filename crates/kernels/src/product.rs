@@ -30,7 +30,7 @@ pub enum Rows<'a> {
 }
 
 impl Rows<'_> {
-    fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         match self {
             Rows::F32(x) => x.len(),
             Rows::Bf16(x) => x.len(),
@@ -48,7 +48,7 @@ pub enum Out<'a> {
 }
 
 impl Out<'_> {
-    fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         match self {
             Out::F32(y) => y.len(),
             Out::Bf16(y) => y.len(),

@@ -25,6 +25,8 @@ use crate::dtype;
 use crate::error::{PjrtError, Result};
 use crate::sys;
 
+mod threads;
+
 /// The code of a custom call.
 pub trait Handler {
     /// The name programs call it by.
@@ -118,6 +120,7 @@ pub struct Call<'a> {
     /// The outputs, in order.
     pub outputs: Vec<Output<'a>>,
     attributes: &'a sys::XLA_FFI_Attrs,
+    frame: &'a sys::XLA_FFI_CallFrame,
 }
 
 impl fmt::Debug for Call<'_> {
@@ -168,7 +171,7 @@ impl<'a> Call<'a> {
             };
             outputs.push(Output { dtype, dims, bytes });
         }
-        Ok(Call { inputs, outputs, attributes: &frame.attrs })
+        Ok(Call { inputs, outputs, attributes: &frame.attrs, frame })
     }
 
     /// A value of the call's `backend_config`. `None`: not there, or of a kind this crate does not read.

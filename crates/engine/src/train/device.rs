@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use gemma4::layout::Slot;
 use gemma4::params::EMBED_TOKENS_PER_LAYER;
-use graph::{Mesh, Program, Sharding};
+use graph::{Mesh, ProductCalls, Program, Sharding};
 use pjrt::{Buffer, CompileOptions, Executable, HloStats, MemoryFigures};
 use tensor::{DType, HostArray, Shape};
 
@@ -428,7 +428,27 @@ fn read_sums(sums: Option<Vec<Buffer>>) -> Result<StepSums> {
 }
 
 fn compile(runtime: &Runtime, program: &Program, plan: &Plan) -> Result<Compiled> {
-    Ok(runtime.compile(program, &compile_options(plan))?)
+    let calls = products(runtime, program, plan);
+    let options = if calls.is_some() { called_options(plan) } else { compile_options(plan) };
+    match calls {
+        Some(calls) => Ok(runtime.compile(&program.clone().with_product_calls(calls), &options)?),
+        None => Ok(runtime.compile(program, &options)?),
+    }
+}
+
+/// Products that the program does not leave to the compiler.
+fn products(runtime: &Runtime, program: &Program, plan: &Plan) -> Option<ProductCalls> {
+    let calls = crate::kernels::product_calls(plan.step.loss.dtype)?;
+    let can = program.mesh().is_none() && crate::kernels::register(runtime.client()).is_ok();
+    can.then_some(calls)
+}
+
+/// Compile options of programs whose products are called.
+fn called_options(plan: &Plan) -> CompileOptions {
+    match plan.step.loss.dtype {
+        DType::BF16 => CompileOptions::default(),
+        _ => CompileOptions::verify_f32(),
+    }
 }
 
 /// Work of a step, in FLOP, from which its products are worth a library whose programs cannot be cached.

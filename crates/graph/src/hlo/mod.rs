@@ -7,18 +7,20 @@ mod index;
 mod literal;
 mod loops;
 mod ops;
+mod products;
 
 use std::fmt::Write as _;
 
 use crate::op::{Body, Node, ValueId};
-use crate::program::Program;
+use crate::program::{ProductCalls, Program};
 use crate::sharding::{Mesh, Sharding};
 
 use literal::{list, tensor};
 
 /// The text of a whole program.
 pub(crate) fn print(program: &Program) -> String {
-    let mut p = Printer { out: String::new(), mesh: program.mesh(), next: 0, depth: 0 };
+    let (mesh, calls) = (program.mesh(), program.calls.as_ref());
+    let mut p = Printer { out: String::new(), mesh, calls, next: 0, depth: 0 };
     p.module(program);
     p.out
 }
@@ -26,6 +28,8 @@ pub(crate) fn print(program: &Program) -> String {
 struct Printer<'p> {
     out: String,
     mesh: Option<&'p Mesh>,
+    /// Which products are calls.
+    calls: Option<&'p ProductCalls>,
     /// Number of the next value.
     next: usize,
     depth: usize,

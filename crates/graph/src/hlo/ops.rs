@@ -70,6 +70,9 @@ impl Printer<'_> {
                 )
             }
             Op::DotGeneral { dims, .. } => {
+                if let Some(call) = self.product_call(body, node, dims) {
+                    return self.call_product(body, node, &call, names);
+                }
                 let batch = if dims.lhs_batch.is_empty() {
                     String::new()
                 } else {

@@ -1,0 +1,334 @@
+//! Products of two matrices of activations: many rows by many columns, as training has them.
+//!
+//! A *unit* is what one lane of a register takes at a time: one f32, or two neighbouring bf16. Operands are copied into
+//! *panels*, [`ROWS`] rows of the left one or [`COLUMNS`] columns of the right one, in which the lanes of one unit lie side by
+//! side; the innermost loop then reads memory in order, however operands are stored and whatever their widths are. (Rows that
+//! lie a power of two apart fall into the same few places of a cache; read in place they push each other out.)
+//!
+//! A *task* is a block of the result. Tasks differ in nothing but their place, and the order of sums within one is fixed: a
+//! result depends on neither threads nor the split.
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod pack;
+mod portable;
+
+use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use half::bf16;
+
+use crate::KernelError;
+use crate::product::{Out, Rows};
+
+/// Rows of the left operand in a panel.
+const ROWS: usize = 12;
+/// Columns of the right operand in a panel.
+const COLUMNS: usize = 32;
+/// Elements of a tile of the result: a panel by a panel.
+const TILE: usize = ROWS * COLUMNS;
+/// Units that go through the panels of a task at a time: a panel of the right operand stays in the first cache.
+const DEPTH: usize = 128;
+/// Most panels of a task.
+const MOST: (usize, usize) = (44, 16);
+/// Fewest panels of a task, which copying operands is worth.
+const FEWEST: (usize, usize) = (6, 4);
+/// Tasks that a product is cut into if it is large enough.
+const TASKS: usize = 4;
+
+/// What instructions a product is computed with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kernel {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx512F32,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
+}
+
+/// Whether this machine multiplies matrices of bf16 as they are.
+#[must_use]
+pub fn has_bf16_products() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512bf16") && has_wide_products();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Whether this machine multiplies matrices of f32 with 512-bit registers.
+#[must_use]
+pub fn has_wide_products() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Sizes and layouts of a product `[batch, m, n]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Product {
+    /// Products beside each other.
+    pub batch: usize,
+    /// Rows of the result.
+    pub m: usize,
+    /// Columns of the result.
+    pub n: usize,
+    /// What is summed over.
+    pub k: usize,
+    /// The left operand lies as `[batch, k, m]` instead of `[batch, m, k]`.
+    pub lhs_transposed: bool,
+    /// The right operand lies as `[batch, n, k]` instead of `[batch, k, n]`.
+    pub rhs_transposed: bool,
+}
+
+/// An operand: elements of one kind, and how they lie.
+#[derive(Clone, Copy)]
+struct Operand {
+    data: *const u8,
+    is_bf16: bool,
+    /// Rows or columns of the result.
+    free: usize,
+    /// What is summed over.
+    k: usize,
+    /// Whether elements that are summed lie side by side.
+    k_inside: bool,
+}
+
+// SAFETY: operands are only read.
+unsafe impl Send for Operand {}
+// SAFETY: as above.
+unsafe impl Sync for Operand {}
+
+/// Where results go.
+#[derive(Clone, Copy)]
+enum Target {
+    F32(*mut f32),
+    Bf16(*mut bf16),
+}
+
+// SAFETY: tasks write blocks of their own.
+unsafe impl Sync for Target {}
+
+/// A cache line, for buffers that start at one.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u32; 16]);
+
+/// Room for `units` units, which start at a cache line. It holds nothing until it is written.
+struct Buffer(Vec<MaybeUninit<Line>>);
+
+impl Buffer {
+    fn new(units: usize) -> Self {
+        Buffer(Vec::with_capacity(units.div_ceil(16).max(1)))
+    }
+
+    fn as_mut_ptr(&mut self) -> *mut u32 {
+        self.0.as_mut_ptr().cast()
+    }
+}
+
+/// Computes `out = lhs · rhs` for every product of the batch, summed in f32. Both operands are of one kind.
+///
+/// `run` calls the function it is given on as many threads as it likes, at least once, and returns when all calls have.
+///
+/// # Errors
+/// When sizes do not agree.
+pub fn matmul(
+    run: &dyn Fn(&(dyn Fn() + Sync)),
+    p: &Product,
+    lhs: Rows<'_>,
+    rhs: Rows<'_>,
+    out: &mut Out<'_>,
+) -> Result<(), KernelError> {
+    let size = |a: usize, b: usize| p.batch.checked_mul(a).and_then(|x| x.checked_mul(b));
+    let wrong = |what: &'static str, got: usize, [a, b]: [usize; 2]| KernelError::Operand { what, got, batch: p.batch, a, b };
+    if size(p.m, p.k) != Some(lhs.len()) {
+        return Err(wrong("the left operand", lhs.len(), [p.m, p.k]));
+    }
+    if size(p.k, p.n) != Some(rhs.len()) {
+        return Err(wrong("the right operand", rhs.len(), [p.k, p.n]));
+    }
+    if size(p.m, p.n) != Some(out.len()) {
+        return Err(wrong("the result", out.len(), [p.m, p.n]));
+    }
+    let (is_bf16, left, right) = match (lhs, rhs) {
+        (Rows::Bf16(l), Rows::Bf16(r)) => (true, l.as_ptr().cast(), r.as_ptr().cast()),
+        (Rows::F32(l), Rows::F32(r)) => (false, l.as_ptr().cast(), r.as_ptr().cast()),
+        _ => return Err(KernelError::Mixed),
+    };
+    let job = Job {
+        p: *p,
+        kernel: kernel(is_bf16),
+        lhs: Operand { data: left, is_bf16, free: p.m, k: p.k, k_inside: !p.lhs_transposed },
+        rhs: Operand { data: right, is_bf16, free: p.n, k: p.k, k_inside: p.rhs_transposed },
+        out: match out {
+            Out::F32(y) => Target::F32(y.as_mut_ptr()),
+            Out::Bf16(y) => Target::Bf16(y.as_mut_ptr()),
+        },
+        blocks: blocks(p),
+    };
+    job.run(run);
+    Ok(())
+}
+
+fn kernel(is_bf16: bool) -> Kernel {
+    #[cfg(target_arch = "x86_64")]
+    match is_bf16 {
+        true if has_bf16_products() => return Kernel::Avx512Bf16,
+        false if has_wide_products() => return Kernel::Avx512F32,
+        _ => {}
+    }
+    let _ = is_bf16;
+    Kernel::Portable
+}
+
+/// Blocks of rows and of columns.
+fn blocks(p: &Product) -> (usize, usize) {
+    let (rows, columns) = (p.m.div_ceil(ROWS).max(1), p.n.div_ceil(COLUMNS).max(1));
+    let (mut r, mut c) = (rows.div_ceil(MOST.0), columns.div_ceil(MOST.1));
+    while r * c * p.batch < TASKS {
+        let (tall, wide) = (rows.div_ceil(r), columns.div_ceil(c));
+        if tall >= 2 * FEWEST.0 && (tall * ROWS >= wide * COLUMNS || wide < 2 * FEWEST.1) {
+            r *= 2;
+        } else if wide >= 2 * FEWEST.1 {
+            c *= 2;
+        } else {
+            break;
+        }
+    }
+    (r, c)
+}
+
+struct Job {
+    p: Product,
+    kernel: Kernel,
+    lhs: Operand,
+    rhs: Operand,
+    out: Target,
+    blocks: (usize, usize),
+}
+
+/// Panels `from..to` of block `i` of `n`.
+fn part(panels: usize, n: usize, i: usize) -> (usize, usize) {
+    (panels * i / n, panels * (i + 1) / n)
+}
+
+impl Job {
+    fn run(&self, run: &dyn Fn(&(dyn Fn() + Sync))) {
+        let Product { batch, m, n, .. } = self.p;
+        let tasks = self.blocks.0 * self.blocks.1 * batch;
+        let (rows, columns) = (m.div_ceil(ROWS), n.div_ceil(COLUMNS));
+        let (tall, wide) = (rows.div_ceil(self.blocks.0), columns.div_ceil(self.blocks.1));
+        let next = AtomicUsize::new(0);
+        run(&|| {
+            let mut room = None;
+            loop {
+                let task = next.fetch_add(1, Ordering::Relaxed);
+                if task >= tasks {
+                    break;
+                }
+                let room = room.get_or_insert_with(|| Room {
+                    lhs: Buffer::new(tall * ROWS * DEPTH),
+                    rhs: Buffer::new(wide * COLUMNS * DEPTH),
+                    sums: Buffer::new(tall * wide * TILE),
+                });
+                self.task(task, room);
+            }
+        });
+    }
+
+    fn task(&self, task: usize, room: &mut Room) {
+        let Product { m, n, k, .. } = self.p;
+        let per_product = self.blocks.0 * self.blocks.1;
+        let (b, block) = (task / per_product, task % per_product);
+        // Neighbours share their columns of the right operand.
+        let (row, column) = (block % self.blocks.0, block / self.blocks.0);
+        let rows = part(m.div_ceil(ROWS), self.blocks.0, row);
+        let columns = part(n.div_ceil(COLUMNS), self.blocks.1, column);
+        // The portable kernel takes bf16 widened, one to a unit.
+        let units = if self.lhs.is_bf16 && self.kernel != Kernel::Portable { k.div_ceil(2) } else { k };
+        let steps = units.div_ceil(DEPTH).max(1);
+        for step in 0..steps {
+            let (from, to) = part(units, steps, step);
+            let (tall, wide) = (rows.1 - rows.0, columns.1 - columns.0);
+            // SAFETY: the buffers have room for as many panels as a task has, of at most `DEPTH` units.
+            unsafe {
+                let (l, r) = (room.lhs.as_mut_ptr(), room.rhs.as_mut_ptr());
+                pack::panels::<ROWS>(self.kernel, &self.lhs, b, rows.0 * ROWS, tall, from..to, l);
+                pack::panels::<COLUMNS>(self.kernel, &self.rhs, b, columns.0 * COLUMNS, wide, from..to, r);
+            }
+            for j in 0..wide {
+                for i in 0..tall {
+                    // SAFETY: offsets within the buffers, as above.
+                    let (l, r, sums) = unsafe {
+                        (
+                            room.lhs.as_mut_ptr().add(i * ROWS * (to - from)).cast_const(),
+                            room.rhs.as_mut_ptr().add(j * COLUMNS * (to - from)).cast_const(),
+                            room.sums.as_mut_ptr().add((j * tall + i) * TILE).cast::<f32>(),
+                        )
+                    };
+                    let (row, column) = ((rows.0 + i) * ROWS, (columns.0 + j) * COLUMNS);
+                    let emit = (step + 1 == steps).then(|| Emit {
+                        to: self.out,
+                        at: (b * m + row) * n + column,
+                        stride: n,
+                        rows: (m - row).min(ROWS),
+                        columns: (n - column).min(COLUMNS),
+                    });
+                    // SAFETY: panels and sums are as long as the kernels read and write, the kernel is one this machine
+                    // has, and what is emitted lies within the result, in a block that no other task writes.
+                    unsafe { tile(self.kernel, to - from, l, r, sums, step > 0, emit.as_ref()) };
+                }
+            }
+        }
+    }
+}
+
+/// What a thread works in.
+struct Room {
+    lhs: Buffer,
+    rhs: Buffer,
+    sums: Buffer,
+}
+
+/// Where a finished tile goes.
+struct Emit {
+    to: Target,
+    /// The element of the result that the tile's first one is.
+    at: usize,
+    /// Elements from row to row.
+    stride: usize,
+    rows: usize,
+    columns: usize,
+}
+
+/// Adds the product of two panels to a tile of sums (which begin at zero unless `add`), and writes the tile where it is wanted.
+///
+/// # Safety
+/// The panels hold `units` units for each lane, the tile [`TILE`] sums; the machine has the kernel's instructions; `emit` lies
+/// within its target, and nobody else uses that part of it.
+unsafe fn tile(
+    kernel: Kernel,
+    units: usize,
+    l: *const u32,
+    r: *const u32,
+    sums: *mut f32,
+    add: bool,
+    emit: Option<&Emit>,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match kernel {
+            Kernel::Portable => portable::tile(units, l.cast(), r.cast(), sums, add, emit),
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx512F32 => avx512::tile_f32(units, l, r, sums, add, emit),
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx512Bf16 => avx512::tile_bf16(units, l, r, sums, add, emit),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
