@@ -5,10 +5,10 @@
 
 use std::sync::OnceLock;
 
-use graph::{Graph, Program};
+use graph::{DotDims, Graph, Program, Value};
 use half::bf16;
 use kernels::{Bytes, Matrix};
-use lapidary_engine::kernels::{Session, products, register};
+use lapidary_engine::kernels::{Session, product_calls, products, register};
 use pjrt::plugins::LocateOptions;
 use pjrt::{Client, ClientOptions, CompileOptions, Executable, ExecutableCache, Lookup, Plugin};
 use tensor::{DType, HostArray};
@@ -123,4 +123,58 @@ fn what_does_not_fit_is_an_error_of_the_program() {
     drop(session);
     let error = outcome(&[(0, 5, DType::F32)], id);
     assert!(error.contains("there is no session"), "{error}");
+}
+
+/// A program whose only ops of interest are products, in all the forms that training has.
+fn square_products(dtype: DType) -> Program {
+    let g = Graph::new("dots");
+    let input = |name: &str, dims: &[usize]| g.input(name, dtype, dims.to_vec()).unwrap();
+    let (x, w) = (input("x", &[2, 13, 24]), input("w", &[40, 24]));
+    let (q, k) = (input("q", &[2, 3, 20, 8]), input("k", &[2, 3, 17, 8]));
+    let dot = |l: Value, r: Value, [lb, rb, lc, rc]: [&[usize]; 4], out: DType| {
+        let [lhs_batch, rhs_batch, lhs_contract, rhs_contract] = [lb, rb, lc, rc].map(<[usize]>::to_vec);
+        g.dot_general(l, r, DotDims { lhs_batch, rhs_batch, lhs_contract, rhs_contract }, out).unwrap()
+    };
+    let y = dot(x, w, [&[], &[], &[2], &[1]], dtype);
+    let outputs = [
+        y,
+        dot(y, w, [&[], &[], &[2], &[0]], dtype),
+        dot(y, x, [&[], &[], &[0, 1], &[0, 1]], dtype),
+        dot(q, k, [&[0, 1], &[0, 1], &[3], &[3]], DType::F32),
+        // No call has this form: contracted dimensions surround the free one.
+        dot(x, x, [&[], &[], &[0, 2], &[0, 2]], DType::F32),
+    ];
+    for (i, y) in outputs.into_iter().enumerate() {
+        g.output(&format!("y{i}"), y).unwrap();
+    }
+    g.finish().unwrap()
+}
+
+#[test]
+fn products_that_are_called_are_those_of_the_compiler() {
+    let client = client();
+    for dtype in [DType::F32, DType::BF16] {
+        // A machine without the instructions leaves products to the compiler.
+        let Some(mut calls) = product_calls(dtype) else { continue };
+        calls.least_work = 0;
+        let plain = square_products(dtype);
+        let called = plain.clone().with_product_calls(calls);
+        assert_eq!(called.stablehlo().matches("lapidary.matmul").count(), 4);
+        let inputs: Vec<HostArray> = plain
+            .inputs
+            .iter()
+            .enumerate()
+            .map(|(i, spec)| {
+                let values = numbers(spec.shape.elements(), i);
+                HostArray::from_f64(dtype, spec.shape.clone(), &values).unwrap()
+            })
+            .collect();
+        let run = |program: &Program| -> Vec<Vec<f64>> {
+            let executable = client.compile(&program.stablehlo(), &CompileOptions::verify_f32()).unwrap();
+            let buffers: Vec<_> = inputs.iter().map(|a| client.buffer_from_host(a, 0).unwrap()).collect();
+            let results = executable.execute(&buffers.iter().collect::<Vec<_>>()).unwrap();
+            results.iter().map(|r| r.to_host().unwrap().to_f64()).collect()
+        };
+        assert_eq!(run(&called), run(&plain), "{dtype}");
+    }
 }

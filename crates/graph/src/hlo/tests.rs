@@ -1,7 +1,7 @@
 use insta::assert_snapshot;
 use tensor::{DType, HostArray};
 
-use crate::{Graph, InputOptions, OutputOptions, Sharding};
+use crate::{Graph, InputOptions, OutputOptions, ProductCalls, Sharding};
 
 #[test]
 fn constants_are_exact() {
@@ -147,6 +147,33 @@ fn shardings_need_a_mesh() {
         %0:2 = stablehlo.optimization_barrier %arg0, %arg0 : tensor<4x8xf32>, tensor<4x8xf32>
         %1 = stablehlo.add %0#0, %0#1 : tensor<4x8xf32>
         return %1, %arg0 : tensor<4x8xf32>, tensor<4x8xf32>
+      }
+    }
+    "#);
+}
+
+#[test]
+fn products_as_calls() {
+    let g = Graph::new("calls");
+    let x = g.input("x", DType::BF16, [2, 3, 8]).unwrap();
+    let w = g.input("w", DType::BF16, [4, 8]).unwrap();
+    g.output("y", g.matmul_nt(x, w, DType::BF16).unwrap()).unwrap();
+    // Too little work, and a dtype that is not called.
+    let v = g.input("v", DType::F64, [4, 8]).unwrap();
+    g.output("z", g.matmul_nt(v, v, DType::F64).unwrap()).unwrap();
+    let program = g.finish().unwrap();
+    let calls = ProductCalls { target: "f".into(), dtypes: vec![DType::BF16], least_work: 192 };
+    let more = ProductCalls { least_work: 193, ..calls.clone() };
+    assert_eq!(program.clone().with_product_calls(more).stablehlo(), program.stablehlo());
+    assert_snapshot!(program.with_product_calls(calls).stablehlo(), @r#"
+    module @calls {
+      func.func public @main(%arg0: tensor<2x3x8xbf16>, %arg1: tensor<4x8xbf16>, %arg2: tensor<4x8xf64>) -> (tensor<2x3x4xbf16>, tensor<4x4xf64>) {
+        %0 = stablehlo.reshape %arg0 : (tensor<2x3x8xbf16>) -> tensor<1x6x8xbf16>
+        %1 = stablehlo.reshape %arg1 : (tensor<4x8xbf16>) -> tensor<1x4x8xbf16>
+        %2 = stablehlo.custom_call @f(%0, %1) {api_version = 4 : i32, backend_config = {lhs_transposed = 0 : i64, rhs_transposed = 1 : i64}, operand_layouts = [dense<[2, 1, 0]> : tensor<3xindex>, dense<[2, 1, 0]> : tensor<3xindex>], result_layouts = [dense<[2, 1, 0]> : tensor<3xindex>]} : (tensor<1x6x8xbf16>, tensor<1x4x8xbf16>) -> tensor<1x6x4xbf16>
+        %3 = stablehlo.reshape %2 : (tensor<1x6x4xbf16>) -> tensor<2x3x4xbf16>
+        %4 = stablehlo.dot_general %arg2, %arg2, contracting_dims = [1] x [1], precision = [DEFAULT, DEFAULT] : (tensor<4x8xf64>, tensor<4x8xf64>) -> tensor<4x4xf64>
+        return %3, %4 : tensor<2x3x4xbf16>, tensor<4x4xf64>
       }
     }
     "#);

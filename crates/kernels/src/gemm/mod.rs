@@ -33,8 +33,12 @@ const DEPTH: usize = 128;
 const MOST: (usize, usize) = (44, 16);
 /// Fewest panels of a task, which copying operands is worth.
 const FEWEST: (usize, usize) = (6, 4);
+/// Most units of an operand whose panels are made for all tasks together.
+const SHARED: usize = 4 << 20;
+/// Panels that are made at a time.
+const GROUP: usize = 8;
 /// Tasks that a product is cut into if it is large enough.
-const TASKS: usize = 4;
+const TASKS: usize = 8;
 
 /// What instructions a product is computed with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,9 +162,14 @@ pub fn matmul(
         (Rows::F32(l), Rows::F32(r)) => (false, l.as_ptr().cast(), r.as_ptr().cast()),
         _ => return Err(KernelError::Mixed),
     };
+    let kernel = kernel(is_bf16);
+    // The portable kernel takes bf16 widened, one to a unit.
+    let units = if is_bf16 && kernel != Kernel::Portable { p.k.div_ceil(2) } else { p.k };
     let job = Job {
         p: *p,
-        kernel: kernel(is_bf16),
+        kernel,
+        units,
+        steps: units.div_ceil(DEPTH).max(1),
         lhs: Operand { data: left, is_bf16, free: p.m, k: p.k, k_inside: !p.lhs_transposed },
         rhs: Operand { data: right, is_bf16, free: p.n, k: p.k, k_inside: p.rhs_transposed },
         out: match out {
@@ -208,18 +217,70 @@ struct Job {
     rhs: Operand,
     out: Target,
     blocks: (usize, usize),
+    /// What is summed over, in units.
+    units: usize,
+    /// In how many steps.
+    steps: usize,
 }
 
-/// Panels `from..to` of block `i` of `n`.
-fn part(panels: usize, n: usize, i: usize) -> (usize, usize) {
-    (panels * i / n, panels * (i + 1) / n)
+/// Part `i` of `n`: from, to.
+fn part(whole: usize, n: usize, i: usize) -> (usize, usize) {
+    (whole * i / n, whole * (i + 1) / n)
+}
+
+/// An operand's panels, made once for all tasks that read them.
+struct Packed {
+    units: *mut u32,
+    /// Panels of one product.
+    panels: usize,
+}
+
+// SAFETY: threads write parts of their own, and read only when all are written.
+unsafe impl Sync for Packed {}
+
+impl Packed {
+    /// The panels of a product from one on, for the units of a step.
+    ///
+    /// # Safety
+    /// They are there.
+    unsafe fn at<const W: usize>(&self, job: &Job, b: usize, step: (usize, usize), panel: usize) -> *mut u32 {
+        let before = (b * job.units + step.0) * self.panels + panel * (step.1 - step.0);
+        // SAFETY: the caller's promise.
+        unsafe { self.units.add(before * W) }
+    }
 }
 
 impl Job {
     fn run(&self, run: &dyn Fn(&(dyn Fn() + Sync))) {
         let Product { batch, m, n, .. } = self.p;
-        let tasks = self.blocks.0 * self.blocks.1 * batch;
         let (rows, columns) = (m.div_ceil(ROWS), n.div_ceil(COLUMNS));
+        let mut left = self.shares(self.blocks.1, rows * ROWS).then(|| Buffer::new(batch * rows * ROWS * self.units));
+        let mut right =
+            self.shares(self.blocks.0, columns * COLUMNS).then(|| Buffer::new(batch * columns * COLUMNS * self.units));
+        let left = left.as_mut().map(|b| Packed { units: b.as_mut_ptr(), panels: rows });
+        let right = right.as_mut().map(|b| Packed { units: b.as_mut_ptr(), panels: columns });
+        let (left, right) = (left.as_ref(), right.as_ref());
+        if left.is_some() || right.is_some() {
+            // So many panels at a time that they are worth a look at the counter.
+            let groups = |p: Option<&Packed>| p.map_or(0, |p| p.panels.div_ceil(GROUP));
+            let of_left = groups(left) * self.steps * batch;
+            let next = AtomicUsize::new(0);
+            run(&|| {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    match (left, right) {
+                        // SAFETY: every group is made once.
+                        (Some(p), _) if i < of_left => unsafe { self.pack::<ROWS>(p, &self.lhs, i) },
+                        // SAFETY: as above.
+                        (_, Some(p)) if i - of_left < groups(right) * self.steps * batch => unsafe {
+                            self.pack::<COLUMNS>(p, &self.rhs, i - of_left);
+                        },
+                        _ => break,
+                    }
+                }
+            });
+        }
+        let tasks = self.blocks.0 * self.blocks.1 * batch;
         let (tall, wide) = (rows.div_ceil(self.blocks.0), columns.div_ceil(self.blocks.1));
         let next = AtomicUsize::new(0);
         run(&|| {
@@ -230,47 +291,84 @@ impl Job {
                     break;
                 }
                 let room = room.get_or_insert_with(|| Room {
-                    lhs: Buffer::new(tall * ROWS * DEPTH),
-                    rhs: Buffer::new(wide * COLUMNS * DEPTH),
+                    lhs: Buffer::new(if left.is_some() { 0 } else { tall * ROWS * DEPTH }),
+                    rhs: Buffer::new(if right.is_some() { 0 } else { wide * COLUMNS * DEPTH }),
                     sums: Buffer::new(tall * wide * TILE),
                 });
-                self.task(task, room);
+                self.task(task, left, right, room);
             }
         });
     }
 
-    fn task(&self, task: usize, room: &mut Room) {
-        let Product { m, n, k, .. } = self.p;
+    /// Whether panels with so many lanes, which so many tasks read, are made for all of them together.
+    fn shares(&self, readers: usize, lanes: usize) -> bool {
+        readers > 1 && self.p.batch * lanes * self.units <= SHARED
+    }
+
+    /// Units `from..to` of a step.
+    fn step(&self, step: usize) -> (usize, usize) {
+        part(self.units, self.steps, step)
+    }
+
+    /// Makes group `i` of an operand's panels, of all steps and products.
+    ///
+    /// # Safety
+    /// Nobody else makes or reads it meanwhile.
+    unsafe fn pack<const W: usize>(&self, to: &Packed, x: &Operand, i: usize) {
+        let groups = to.panels.div_ceil(GROUP);
+        let (group, step, b) = (i % groups, self.step(i / groups % self.steps), i / groups / self.steps);
+        let (first, last) = (group * GROUP, to.panels.min((group + 1) * GROUP));
+        // SAFETY: the group is within the panels.
+        unsafe {
+            let place = to.at::<W>(self, b, step, first);
+            pack::panels::<W>(self.kernel, x, b, first * W, last - first, step.0..step.1, place);
+        }
+    }
+
+    fn task(&self, task: usize, left: Option<&Packed>, right: Option<&Packed>, room: &mut Room) {
+        let Product { m, n, .. } = self.p;
         let per_product = self.blocks.0 * self.blocks.1;
         let (b, block) = (task / per_product, task % per_product);
         // Neighbours share their columns of the right operand.
         let (row, column) = (block % self.blocks.0, block / self.blocks.0);
         let rows = part(m.div_ceil(ROWS), self.blocks.0, row);
         let columns = part(n.div_ceil(COLUMNS), self.blocks.1, column);
-        // The portable kernel takes bf16 widened, one to a unit.
-        let units = if self.lhs.is_bf16 && self.kernel != Kernel::Portable { k.div_ceil(2) } else { k };
-        let steps = units.div_ceil(DEPTH).max(1);
-        for step in 0..steps {
-            let (from, to) = part(units, steps, step);
-            let (tall, wide) = (rows.1 - rows.0, columns.1 - columns.0);
-            // SAFETY: the buffers have room for as many panels as a task has, of at most `DEPTH` units.
-            unsafe {
-                let (l, r) = (room.lhs.as_mut_ptr(), room.rhs.as_mut_ptr());
-                pack::panels::<ROWS>(self.kernel, &self.lhs, b, rows.0 * ROWS, tall, from..to, l);
-                pack::panels::<COLUMNS>(self.kernel, &self.rhs, b, columns.0 * COLUMNS, wide, from..to, r);
-            }
+        let (tall, wide) = (rows.1 - rows.0, columns.1 - columns.0);
+        for step in 0..self.steps {
+            let (from, to) = self.step(step);
+            // SAFETY: panels that are shared are there; the buffers have room for as many panels as a task has, of at most
+            // `DEPTH` units.
+            let (l, r) = unsafe {
+                let l = match left {
+                    Some(p) => p.at::<ROWS>(self, b, (from, to), rows.0),
+                    None => {
+                        let l = room.lhs.as_mut_ptr();
+                        pack::panels::<ROWS>(self.kernel, &self.lhs, b, rows.0 * ROWS, tall, from..to, l);
+                        l
+                    }
+                };
+                let r = match right {
+                    Some(p) => p.at::<COLUMNS>(self, b, (from, to), columns.0),
+                    None => {
+                        let r = room.rhs.as_mut_ptr();
+                        pack::panels::<COLUMNS>(self.kernel, &self.rhs, b, columns.0 * COLUMNS, wide, from..to, r);
+                        r
+                    }
+                };
+                (l.cast_const(), r.cast_const())
+            };
             for j in 0..wide {
                 for i in 0..tall {
-                    // SAFETY: offsets within the buffers, as above.
+                    // SAFETY: offsets within the panels and the sums, as above.
                     let (l, r, sums) = unsafe {
                         (
-                            room.lhs.as_mut_ptr().add(i * ROWS * (to - from)).cast_const(),
-                            room.rhs.as_mut_ptr().add(j * COLUMNS * (to - from)).cast_const(),
+                            l.add(i * ROWS * (to - from)),
+                            r.add(j * COLUMNS * (to - from)),
                             room.sums.as_mut_ptr().add((j * tall + i) * TILE).cast::<f32>(),
                         )
                     };
                     let (row, column) = ((rows.0 + i) * ROWS, (columns.0 + j) * COLUMNS);
-                    let emit = (step + 1 == steps).then(|| Emit {
+                    let emit = (step + 1 == self.steps).then(|| Emit {
                         to: self.out,
                         at: (b * m + row) * n + column,
                         stride: n,
@@ -286,7 +384,7 @@ impl Job {
     }
 }
 
-/// What a thread works in.
+/// What a thread works in: panels that it does not share, and sums.
 struct Room {
     lhs: Buffer,
     rhs: Buffer,
