@@ -76,6 +76,12 @@ pub enum KernelError {
     /// Operands are of two kinds.
     #[error("both operands of a product must be f32, or both bf16")]
     Mixed,
+    /// Heads are whole numbers of 32 elements.
+    #[error("heads of {0} elements are not a multiple of 32")]
+    Width(usize),
+    /// A function without a form for every machine.
+    #[error("this machine lacks the vector instructions that this function needs")]
+    Instructions,
     /// A weight that is infinite or not a number cannot be quantised.
     #[error("row {row} of the matrix holds a value that is not finite, and cannot be quantised")]
     NotFinite {

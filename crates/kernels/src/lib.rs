@@ -21,6 +21,7 @@
 #![allow(unsafe_code)]
 #![warn(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
+mod attention;
 mod bandwidth;
 mod bytes;
 mod error;
@@ -34,6 +35,7 @@ mod rows;
 mod split;
 mod tiles;
 
+pub use attention::{Attention, Given, Operands, Places, Run, attention, attention_gradient};
 pub use bandwidth::Reading;
 pub use bytes::Bytes;
 pub use error::KernelError;

@@ -74,7 +74,7 @@ fn as_bf16(v: __m512i) -> __m512bh {
 /// To bf16, nearest and ties to even, in the upper halves of the lanes.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn rounded(v: __m512) -> __m256i {
+pub(crate) fn rounded(v: __m512) -> __m256i {
     let bits = _mm512_castps_si512(v);
     let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
     let bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));

@@ -10,7 +10,7 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-mod pack;
+pub(crate) mod pack;
 mod portable;
 
 use std::mem::MaybeUninit;
@@ -18,15 +18,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::bf16;
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::rounded;
+
 use crate::KernelError;
 use crate::product::{Out, Rows};
 
 /// Rows of the left operand in a panel.
-const ROWS: usize = 12;
+pub(crate) const ROWS: usize = 12;
 /// Columns of the right operand in a panel.
-const COLUMNS: usize = 32;
+pub(crate) const COLUMNS: usize = 32;
 /// Elements of a tile of the result: a panel by a panel.
-const TILE: usize = ROWS * COLUMNS;
+pub(crate) const TILE: usize = ROWS * COLUMNS;
 /// Units that go through the panels of a task at a time: a panel of the right operand stays in the first cache.
 const DEPTH: usize = 128;
 /// Most panels of a task.
@@ -42,7 +45,7 @@ const TASKS: usize = 8;
 
 /// What instructions a product is computed with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kernel {
+pub(crate) enum Kernel {
     Portable,
     #[cfg(target_arch = "x86_64")]
     Avx512F32,
@@ -89,15 +92,15 @@ pub struct Product {
 
 /// An operand: elements of one kind, and how they lie.
 #[derive(Clone, Copy)]
-struct Operand {
-    data: *const u8,
-    is_bf16: bool,
+pub(crate) struct Operand {
+    pub(crate) data: *const u8,
+    pub(crate) is_bf16: bool,
     /// Rows or columns of the result.
-    free: usize,
+    pub(crate) free: usize,
     /// What is summed over.
-    k: usize,
+    pub(crate) k: usize,
     /// Whether elements that are summed lie side by side.
-    k_inside: bool,
+    pub(crate) k_inside: bool,
 }
 
 // SAFETY: operands are only read.
@@ -107,7 +110,7 @@ unsafe impl Sync for Operand {}
 
 /// Where results go.
 #[derive(Clone, Copy)]
-enum Target {
+pub(crate) enum Target {
     F32(*mut f32),
     Bf16(*mut bf16),
 }
@@ -121,14 +124,14 @@ unsafe impl Sync for Target {}
 struct Line([u32; 16]);
 
 /// Room for `units` units, which start at a cache line. It holds nothing until it is written.
-struct Buffer(Vec<MaybeUninit<Line>>);
+pub(crate) struct Buffer(Vec<MaybeUninit<Line>>);
 
 impl Buffer {
-    fn new(units: usize) -> Self {
+    pub(crate) fn new(units: usize) -> Self {
         Buffer(Vec::with_capacity(units.div_ceil(16).max(1)))
     }
 
-    fn as_mut_ptr(&mut self) -> *mut u32 {
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut u32 {
         self.0.as_mut_ptr().cast()
     }
 }
@@ -392,14 +395,14 @@ struct Room {
 }
 
 /// Where a finished tile goes.
-struct Emit {
-    to: Target,
+pub(crate) struct Emit {
+    pub(crate) to: Target,
     /// The element of the result that the tile's first one is.
-    at: usize,
+    pub(crate) at: usize,
     /// Elements from row to row.
-    stride: usize,
-    rows: usize,
-    columns: usize,
+    pub(crate) stride: usize,
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
 }
 
 /// Adds the product of two panels to a tile of sums (which begin at zero unless `add`), and writes the tile where it is wanted.
@@ -407,7 +410,7 @@ struct Emit {
 /// # Safety
 /// The panels hold `units` units for each lane, the tile [`TILE`] sums; the machine has the kernel's instructions; `emit` lies
 /// within its target, and nobody else uses that part of it.
-unsafe fn tile(
+pub(crate) unsafe fn tile(
     kernel: Kernel,
     units: usize,
     l: *const u32,

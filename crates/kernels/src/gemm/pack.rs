@@ -11,7 +11,7 @@ use super::{Kernel, Operand};
 ///
 /// # Safety
 /// The operand is readable, and `to` has room for `W * units.len() * panels` units.
-pub(super) unsafe fn panels<const W: usize>(
+pub(crate) unsafe fn panels<const W: usize>(
     kernel: Kernel,
     x: &Operand,
     batch: usize,
@@ -60,7 +60,7 @@ unsafe fn panel<const W: usize>(
     units: Range<usize>,
     to: *mut u32,
 ) {
-    let lanes = (x.free - first).min(W);
+    let lanes = x.free.saturating_sub(first).min(W);
     let start = batch * x.free * x.k;
     #[cfg(target_arch = "x86_64")]
     {
@@ -69,7 +69,7 @@ unsafe fn panel<const W: usize>(
             let stride = x.k / per_unit;
             // SAFETY: the instructions are there, as the kernel says; whole units of lanes that are there are read.
             unsafe {
-                let from = x.data.cast::<u32>().add(start / per_unit + first * stride + units.start);
+                let from = x.data.cast::<u32>().wrapping_add(start / per_unit + first * stride + units.start);
                 return super::avx512::lanes::<W>(from, stride, lanes, units.len(), to);
             }
         }
