@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use ::kernels::{Matrix, Out, Pool, Product, Reading, Rows};
-use gemma4::called::PRODUCTS;
+use ::kernels::{Attention, Given, Matrix, Operands, Out, Places, Pool, Product, Reading, Rows};
 pub use gemma4::called::products;
+use gemma4::called::{ATTENTION, ATTENTION_GRADIENT, PRODUCTS};
 use graph::ProductCalls;
 use half::bf16;
 use pjrt::ffi::{Attribute, Call, Handler, Input, Output};
@@ -159,6 +159,8 @@ pub fn register(client: &Client) -> Result<(), PjrtError> {
     if !done.contains(&plugin) {
         client.register_handler::<Products>()?;
         client.register_handler::<MatrixProduct>()?;
+        client.register_handler::<WholeAttention>()?;
+        client.register_handler::<AttentionGradient>()?;
         done.push(plugin);
     }
     Ok(())
@@ -264,7 +266,66 @@ impl Handler for MatrixProduct {
         let product = Product { batch, m, n, k, lhs_transposed, rhs_transposed };
         let mut outputs = std::mem::take(&mut call.outputs);
         let [y] = &mut outputs[..] else { return Err(format!("one result is wanted, there are {}", outputs.len())) };
-        ::kernels::matmul(&|task| call.run(task), &product, rows(&l)?, rows(&r)?, &mut room(y)?).map_err(|e| e.to_string())
+        ::kernels::matmul(&|task| call.run(task), &product, rows(&l)?, rows(&r)?, &mut room(y)?)
+            .map_err(|e| e.to_string())
+    }
+}
+
+/// The seven operands of attention, see [`gemma4::called::attention`].
+fn attention_operands<'a>(call: &Call<'a>) -> Result<(Attention, Operands<'a>, Places<'a>), String> {
+    let [q, k, v, queries, keys, query_segments, key_segments, ..] = call.inputs[..] else {
+        return Err(format!("seven operands are wanted, there are {}", call.inputs.len()));
+    };
+    let extents = |x: &Input<'_>| x.dims.iter().map(|&d| usize::try_from(d).unwrap_or(0)).collect::<Vec<_>>();
+    let [batch, kv_heads, t, group, width] = extents(&q)[..] else {
+        return Err(format!("queries {:?} have not five dimensions", q.dims));
+    };
+    let [.., s, _] = extents(&k)[..] else { return Err(format!("keys {:?} have not four dimensions", k.dims)) };
+    let window = match call.attribute("window") {
+        Some(Attribute::Int(w)) => usize::try_from(w).map_err(|e| e.to_string())?,
+        _ => return Err("the window is missing".to_owned()),
+    };
+    let places = Places {
+        queries: queries.as_slice()?,
+        keys: keys.as_slice()?,
+        query_segments: query_segments.as_slice()?,
+        key_segments: key_segments.as_slice()?,
+    };
+    let a = Attention { batch, kv_heads, queries: t, group, keys: s, width, window };
+    Ok((a, Operands { q: rows(&q)?, k: rows(&k)?, v: rows(&v)? }, places))
+}
+
+/// What programs call for [attention](gemma4::called::attention).
+struct WholeAttention;
+
+impl Handler for WholeAttention {
+    const NAME: &'static str = ATTENTION;
+
+    fn call(call: &mut Call<'_>) -> Result<(), String> {
+        let (a, x, places) = attention_operands(call)?;
+        let mut outputs = std::mem::take(&mut call.outputs);
+        let [y, lse] = &mut outputs[..] else { return Err(format!("two results are wanted, not {}", outputs.len())) };
+        let lse = lse.as_mut_slice()?;
+        ::kernels::attention(&|task| call.run(task), &a, &x, &places, &mut room(y)?, lse).map_err(|e| e.to_string())
+    }
+}
+
+/// What programs call for its gradient.
+struct AttentionGradient;
+
+impl Handler for AttentionGradient {
+    const NAME: &'static str = ATTENTION_GRADIENT;
+
+    fn call(call: &mut Call<'_>) -> Result<(), String> {
+        let (a, x, places) = attention_operands(call)?;
+        let [.., lse, d_out] = call.inputs[..] else { return Err("operands are missing".to_owned()) };
+        let mut outputs = std::mem::take(&mut call.outputs);
+        let [dq, dk, dv] = &mut outputs[..] else {
+            return Err(format!("three results are wanted, not {}", outputs.len()));
+        };
+        let given = Given { lse: lse.as_slice()?, d_out: rows(&d_out)? };
+        let to = [&mut room(dq)?, &mut room(dk)?, &mut room(dv)?];
+        ::kernels::attention_gradient(&|task| call.run(task), &a, &x, &places, &given, to).map_err(|e| e.to_string())
     }
 }
 

@@ -60,10 +60,17 @@ impl Case {
         HostArray::from_f64(dtype, slot.shape.clone(), &values).unwrap()
     }
 
-    /// Largest relative error of a gradient, and of the loss. With f32 arithmetic, products are those of training, which are
-    /// called where the machine has the instructions.
+    /// Largest relative error of a gradient, and of the loss. With f32 arithmetic, products and attention are those of
+    /// training, which are called where the machine has the instructions.
     fn check(&self, runtime: &Runtime, layout: &Layout, dtype: DType, blocks: usize, remat: LayerRemat) -> (f64, f64) {
-        let loss = LossOptions { dtype, remat, blocks, z_loss: 0.0, gradient: HeadGradient::HiddenAndTable };
+        let loss = LossOptions {
+            dtype,
+            remat,
+            blocks,
+            called_attention: product_calls(dtype).is_some(),
+            z_loss: 0.0,
+            gradient: HeadGradient::HiddenAndTable,
+        };
         let options = StepOptions {
             rows: self.rows,
             seq: self.seq,

@@ -148,7 +148,14 @@ impl Rows {
 }
 
 fn loss_options(remat: LayerRemat, blocks: usize) -> LossOptions {
-    LossOptions { dtype: DType::F64, remat, blocks, z_loss: 0.01, gradient: HeadGradient::HiddenAndTable }
+    LossOptions {
+        dtype: DType::F64,
+        remat,
+        blocks,
+        called_attention: false,
+        z_loss: 0.01,
+        gradient: HeadGradient::HiddenAndTable,
+    }
 }
 
 /// Loss and, if asked for, gradients of its sum by every slot, all in f64 but for the sum itself.

@@ -4,6 +4,7 @@ use graph::{Compare, DotDims, Graph, Value};
 use tensor::DType;
 
 use crate::arch::{Layer, LayerKind};
+use crate::called;
 use crate::layer::names;
 use crate::nn::{Angles, Result, masked_softmax, rms_norm, wide};
 use crate::partition::{Partition, constrain, names as axis};
@@ -42,6 +43,8 @@ pub(crate) struct Sequence<'a> {
     pub(crate) heads: usize,
     pub(crate) dtype: DType,
     pub(crate) partition: Option<&'a Partition>,
+    /// Whether a function of the runtime computes attention of whole sequences, where one can.
+    pub(crate) called: bool,
 }
 
 impl Sequence<'_> {
@@ -131,6 +134,14 @@ pub(crate) fn attend(
     };
     let o_bktge = match (layer.kind, seq.at) {
         (_, Some(at)) => at_positions(g, q_bktge, kv, at, window, seq)?,
+        (_, None) if seq.called && called::attends(e) => {
+            let first = g.iota(DType::I32, [t], 0)?;
+            let segments = match seq.segments {
+                Some(segments) => segments,
+                None => g.splat(DType::I32, [b, t], 1.0)?,
+            };
+            called::attention(g, [q_bktge, kv.keys, kv.values], [first, first], [segments, segments], window)?
+        }
         (LayerKind::Sliding, None) if t > seq.window => sliding(g, q_bktge, kv, seq)?,
         (LayerKind::Full, None) if t > FULL_BLOCK => full_blocks(g, q_bktge, whole, seq)?,
         _ => {

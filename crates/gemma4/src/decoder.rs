@@ -100,6 +100,8 @@ pub(crate) struct Decoder<'a> {
     pub(crate) weights: &'a Weights,
     pub(crate) dtype: DType,
     pub(crate) remat: LayerRemat,
+    /// See [`crate::loss::LossOptions::called_attention`].
+    pub(crate) called_attention: bool,
 }
 
 /// Tokens as values of a graph.
@@ -195,7 +197,8 @@ impl Decoder<'_> {
     }
 
     fn context(&self, index: usize) -> LayerContext<'_> {
-        LayerContext::new(self.arch, index, self.dtype, self.layout.partition())
+        let cx = LayerContext::new(self.arch, index, self.dtype, self.layout.partition());
+        LayerContext { called_attention: self.called_attention, ..cx }
     }
 
     /// The slots of the layer at `index`, with their parameters' names without `layers.N.`.

@@ -41,6 +41,8 @@ pub(crate) struct LayerContext<'a> {
     pub(crate) eps: f64,
     pub(crate) dtype: DType,
     pub(crate) partition: Option<&'a Partition>,
+    /// See [`crate::loss::LossOptions::called_attention`].
+    pub(crate) called_attention: bool,
 }
 
 impl<'a> LayerContext<'a> {
@@ -54,6 +56,7 @@ impl<'a> LayerContext<'a> {
             eps: spec.rms_norm_eps,
             dtype,
             partition,
+            called_attention: false,
         }
     }
 }
@@ -234,8 +237,8 @@ pub(crate) struct LayerOutputs {
 }
 
 pub(crate) fn layer(g: &Graph, cx: &LayerContext<'_>, input: &LayerInput, w: &LayerWeights) -> Result<LayerOutputs> {
-    let LayerContext { layer, dtype, eps, window, heads, partition } = *cx;
-    let seq = Sequence { segments: input.segments, at: input.at, eps, window, heads, dtype, partition };
+    let LayerContext { layer, dtype, eps, window, heads, partition, called_attention: called } = *cx;
+    let seq = Sequence { segments: input.segments, at: input.at, eps, window, heads, dtype, partition, called };
     let residual = |x: Value| constrain(g, partition, x, &[axis::BATCH, axis::NORM_LENGTH, axis::EMBED]);
     let inner = |x: Value| constrain(g, partition, x, &[axis::BATCH, axis::LENGTH, axis::MLP]);
     let norm = |x: Value, s: &str| rms_norm(g, x, Some(w.get(s)), eps);

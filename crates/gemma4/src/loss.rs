@@ -19,6 +19,8 @@ pub struct LossOptions {
     pub dtype: DType,
     /// What the gradient of a layer keeps.
     pub remat: LayerRemat,
+    /// Whether attention is a call of a function of the runtime ([`crate::called::attention`]) wherever it fits.
+    pub called_attention: bool,
     /// Blocks in which the rows go through head and cross-entropy; divides `b * t`.
     pub blocks: usize,
     /// Factor of the squared log-partition added to each token's loss.
@@ -100,7 +102,15 @@ pub fn loss_sums(
         (_, rows) => rows,
     };
     let weights = Weights::new(cast);
-    let decoder = Decoder { g, arch, layout, weights: &weights, dtype: options.dtype, remat: options.remat.clone() };
+    let decoder = Decoder {
+        g,
+        arch,
+        layout,
+        weights: &weights,
+        dtype: options.dtype,
+        remat: options.remat.clone(),
+        called_attention: options.called_attention,
+    };
     let tokens = Tokens { ids: batch.ids, rows, segments: batch.segments, positions: batch.positions };
     let last = decoder.run(&tokens)?.last;
 

@@ -102,6 +102,8 @@ impl<'r> Device<'r> {
     ) -> Result<(Self, CompileReport)> {
         let start = std::time::Instant::now();
         let client = runtime.client();
+        let mut plan = plan;
+        plan.step.loss.called_attention = product_calls(runtime, &plan).is_some();
         let mesh = plan.layout.partition().map(|p| p.mesh().clone()).unwrap_or_default();
         let split = peers.is_some();
         if split && plan.step.per_layer == PerLayerTable::HostTrained {
@@ -428,33 +430,29 @@ fn read_sums(sums: Option<Vec<Buffer>>) -> Result<StepSums> {
 }
 
 fn compile(runtime: &Runtime, program: &Program, plan: &Plan) -> Result<Compiled> {
-    let calls = products(runtime, program, plan);
-    let options = if calls.is_some() { called_options(plan) } else { compile_options(plan) };
-    match calls {
-        Some(calls) => Ok(runtime.compile(&program.clone().with_product_calls(calls), &options)?),
-        None => Ok(runtime.compile(program, &options)?),
+    match product_calls(runtime, plan) {
+        Some(calls) => {
+            let options = match plan.step.loss.dtype {
+                DType::BF16 => CompileOptions::default(),
+                _ => CompileOptions::verify_f32(),
+            };
+            Ok(runtime.compile(&program.clone().with_product_calls(calls), &options)?)
+        }
+        None => Ok(runtime.compile(program, &compile_options(plan))?),
     }
 }
 
-/// Products that the program does not leave to the compiler.
-fn products(runtime: &Runtime, program: &Program, plan: &Plan) -> Option<ProductCalls> {
+/// Products that a program on one device of this machine does not leave to the compiler.
+fn product_calls(runtime: &Runtime, plan: &Plan) -> Option<ProductCalls> {
     let calls = crate::kernels::product_calls(plan.step.loss.dtype)?;
-    let can = program.mesh().is_none() && crate::kernels::register(runtime.client()).is_ok();
+    let can = plan.layout.partition().is_none() && crate::kernels::register(runtime.client()).is_ok();
     can.then_some(calls)
-}
-
-/// Compile options of programs whose products are called.
-fn called_options(plan: &Plan) -> CompileOptions {
-    match plan.step.loss.dtype {
-        DType::BF16 => CompileOptions::default(),
-        _ => CompileOptions::verify_f32(),
-    }
 }
 
 /// Work of a step, in FLOP, from which its products are worth a library whose programs cannot be cached.
 const LARGE_STEP: f64 = 3e11;
 
-/// Compile options of training programs.
+/// Compile options of training programs whose products are the compiler's.
 ///
 /// oneDNN runs the products of weight gradients three times as fast as the default library, but a program that calls it cannot
 /// be stored: small steps compile longer than they run, and go without.

@@ -151,6 +151,8 @@ impl Plan {
             loss: LossOptions {
                 dtype,
                 remat: remat(config.memory.remat_policy),
+                // Where it runs says more.
+                called_attention: false,
                 blocks,
                 z_loss: config.optimizer.z_loss_multiplier,
                 gradient: HeadGradient::HiddenAndTable,

@@ -4,7 +4,7 @@ use tensor::{DType, Shape};
 
 use super::literal::{dense, identity, list, tensor};
 use super::{Names, Printer};
-use crate::op::{Body, CustomVjp, Node, Op, Remat, TensorType};
+use crate::op::{Body, CustomVjp, Node, Op, Remat, TensorType, ValueId};
 
 impl Printer<'_> {
     pub(super) fn node(&mut self, body: &Body, node: &Node, names: &mut Names) {
@@ -97,10 +97,14 @@ impl Printer<'_> {
             Op::CustomCall(c) => {
                 let config = c.attributes.iter().map(|(n, v)| format!("{n} = {v} : i64"));
                 let results = if results.len() == 1 { result.to_owned() } else { format!("({})", list(&results)) };
+                // Row-major, whatever the compiler would like better.
+                let layouts = |vs: Vec<ValueId>| list(vs.into_iter().map(|v| layout(body.ty(v).shape.rank())));
                 format!(
-                    "stablehlo.custom_call @{}({args}) {{api_version = 4 : i32, backend_config = {{{}}}}} : ({}) -> {results}",
+                    "stablehlo.custom_call @{}({args}) {{api_version = 4 : i32, backend_config = {{{}}}, operand_layouts = [{}], result_layouts = [{}]}} : ({}) -> {results}",
                     c.target,
                     list(config),
+                    layouts(node.inputs().to_vec()),
+                    layouts(node.outputs().collect()),
                     list(&types)
                 )
             }
@@ -110,6 +114,14 @@ impl Printer<'_> {
             }
         };
         self.define_node(node, names, &text);
+    }
+}
+
+/// The row-major layout of an array, as an operand or result of a call.
+pub(super) fn layout(rank: usize) -> String {
+    match rank {
+        0 => "dense<> : tensor<0xindex>".to_owned(),
+        _ => format!("dense<[{}]> : tensor<{rank}xindex>", list((0..rank).rev())),
     }
 }
 

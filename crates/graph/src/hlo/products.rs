@@ -75,8 +75,7 @@ impl Printer<'_> {
         let result = body.ty(output);
         let flat = tensor(&TensorType::new(result.dtype, [batch, m, n]));
         let target = self.calls.map_or("", |c| c.target.as_str());
-        // Row-major, whatever the compiler would like better.
-        let layout = "dense<[2, 1, 0]> : tensor<3xindex>";
+        let layout = super::ops::layout(3);
         let call = self.define(&format!(
             "stablehlo.custom_call @{target}({}) {{api_version = 4 : i32, backend_config = {{lhs_transposed = {} : i64, \
              rhs_transposed = {} : i64}}, operand_layouts = [{layout}, {layout}], result_layouts = [{layout}]}} : ({}) -> {flat}",

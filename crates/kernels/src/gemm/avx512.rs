@@ -58,11 +58,7 @@ tile!(tile_f32, "avx512f,avx512bw,avx512vl", |sum, l, r| _mm512_fmadd_ps(
     _mm512_castsi512_ps(r),
     *sum
 ));
-tile!(tile_bf16, "avx512f,avx512bw,avx512vl,avx512bf16", |sum, l, r| _mm512_dpbf16_ps(
-    *sum,
-    as_bf16(l),
-    as_bf16(r)
-));
+tile!(tile_bf16, "avx512f,avx512bw,avx512vl,avx512bf16", |sum, l, r| _mm512_dpbf16_ps(*sum, as_bf16(l), as_bf16(r)));
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
@@ -143,13 +139,7 @@ fn transpose(r: &mut [__m512i; 16]) {
 /// # Safety
 /// `lanes` lanes of `units` units are readable, `W * units` units writable.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) unsafe fn lanes<const W: usize>(
-    from: *const u32,
-    stride: usize,
-    lanes: usize,
-    units: usize,
-    to: *mut u32,
-) {
+pub(super) unsafe fn lanes<const W: usize>(from: *const u32, stride: usize, lanes: usize, units: usize, to: *mut u32) {
     for first in (0..W).step_by(16) {
         for u in (0..units).step_by(16) {
             let here = (units - u).min(16);

@@ -150,7 +150,8 @@ pub fn matmul(
     out: &mut Out<'_>,
 ) -> Result<(), KernelError> {
     let size = |a: usize, b: usize| p.batch.checked_mul(a).and_then(|x| x.checked_mul(b));
-    let wrong = |what: &'static str, got: usize, [a, b]: [usize; 2]| KernelError::Operand { what, got, batch: p.batch, a, b };
+    let wrong =
+        |what: &'static str, got: usize, [a, b]: [usize; 2]| KernelError::Operand { what, got, batch: p.batch, a, b };
     if size(p.m, p.k) != Some(lhs.len()) {
         return Err(wrong("the left operand", lhs.len(), [p.m, p.k]));
     }

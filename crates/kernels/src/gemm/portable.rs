@@ -5,14 +5,7 @@ use half::bf16;
 use super::{COLUMNS, Emit, ROWS, TILE, Target};
 
 /// See [`super::tile`]. Units are elements.
-pub(super) unsafe fn tile(
-    units: usize,
-    l: *const f32,
-    r: *const f32,
-    sums: *mut f32,
-    add: bool,
-    emit: Option<&Emit>,
-) {
+pub(super) unsafe fn tile(units: usize, l: *const f32, r: *const f32, sums: *mut f32, add: bool, emit: Option<&Emit>) {
     // SAFETY: the caller's promise; sums that begin here are written before they are looked at.
     let (l, r, sums) = unsafe {
         if !add {

@@ -28,9 +28,17 @@ fn plain(p: &Product, l: &[f32], r: &[f32]) -> Vec<f32> {
 
 #[test]
 fn every_layout_and_edge() {
-    for (batch, m, n, k) in
-        [(1, 1, 1, 1), (1, 12, 32, 8), (2, 13, 33, 7), (1, 100, 70, 333), (3, 40, 17, 64), (1, 30, 130, 651), (1, 300, 300, 40), (2, 200, 600, 300), (1, 900, 70, 257)]
-    {
+    for (batch, m, n, k) in [
+        (1, 1, 1, 1),
+        (1, 12, 32, 8),
+        (2, 13, 33, 7),
+        (1, 100, 70, 333),
+        (3, 40, 17, 64),
+        (1, 30, 130, 651),
+        (1, 300, 300, 40),
+        (2, 200, 600, 300),
+        (1, 900, 70, 257),
+    ] {
         for (lhs_transposed, rhs_transposed) in [(false, false), (false, true), (true, false), (true, true)] {
             let p = Product { batch, m, n, k, lhs_transposed, rhs_transposed };
             let (l, r) = (numbers(batch * m * k, 1), numbers(batch * k * n, 2));
