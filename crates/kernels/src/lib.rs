@@ -1,4 +1,4 @@
-//! Products of a few rows with large matrices on the CPU, at the speed of memory.
+//! Products on the CPU: of a few rows with large matrices, at the speed of memory, and of large matrices with each other.
 //!
 //! Decoding multiplies one vector, or a few, with every weight of a model. Each weight is used once a step, so that the
 //! time is that of reading the weights; the code here does nothing else that takes time. A [`Matrix`] is a weight
@@ -14,6 +14,9 @@
 //! assert_eq!(y, [21.0, 43.0, 65.0]);
 //! # Ok::<(), kernels::KernelError>(())
 //! ```
+//!
+//! Training multiplies many rows by many columns: [`matmul`], and [`attention`] with [its gradient](attention_gradient). Those run
+//! on whatever threads the caller lends.
 //!
 //! **Invariants.** Nothing here knows graphs, XLA, files or models. The result for one row of `x` does not depend on the
 //! other rows, on the number of threads or on what else is computed: sums run in one fixed order per instruction set.
