@@ -147,8 +147,8 @@ pub(super) unsafe fn lanes<const W: usize>(from: *const u32, stride: usize, lane
             let mut r = [_mm512_setzero_si512(); 16];
             for (i, r) in r.iter_mut().enumerate() {
                 if first + i < lanes && first + i < W {
-                    // SAFETY: a lane that is there, of which the mask leaves the units that are.
                     let unit = from.wrapping_add((first + i) * stride + u);
+                    // SAFETY: a lane that is there, of which the mask leaves the units that are.
                     *r = unsafe { _mm512_maskz_loadu_epi32(mask, unit.cast()) };
                     // The next panel's: lanes are too far apart for the processor to guess.
                     _mm_prefetch::<_MM_HINT_T1>(unit.wrapping_add(W * stride).cast());
