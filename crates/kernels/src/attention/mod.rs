@@ -13,7 +13,8 @@ mod backward;
 mod forward;
 #[cfg(target_arch = "x86_64")]
 mod lanes;
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(test)]
+#[cfg(target_arch = "x86_64")]
 mod tests;
 
 use crate::KernelError;
