@@ -36,9 +36,10 @@ mod product;
 mod quantize;
 mod rows;
 mod split;
+mod tasks;
 mod tiles;
 
-pub use attention::{Attention, Given, Operands, Places, Run, attention, attention_gradient};
+pub use attention::{Attention, Given, Operands, Places, attention, attention_gradient};
 pub use bandwidth::Reading;
 pub use bytes::Bytes;
 pub use error::KernelError;
@@ -47,3 +48,4 @@ pub use level::Level;
 pub use matrix::{Format, Matrix};
 pub use pool::Pool;
 pub use product::{Out, Rows, products, products_before};
+pub use tasks::Run;

@@ -1,10 +1,9 @@
 //! Gradients of attention.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use super::forward::products;
-use super::{BLOCK, Job, PANELS, Run, TASKS, lanes};
+use super::{BLOCK, Job, PANELS, TASKS, lanes};
 use crate::gemm::{Buffer, COLUMNS, Emit, Operand, ROWS, TILE, Target, pack, tile};
+use crate::tasks::{Run, each};
 
 /// What attention gave.
 pub(super) struct Of<'a> {
@@ -53,17 +52,14 @@ pub(super) fn run(job: &Job<'_>, run: Run<'_>, of: &Of<'_>, to: [*mut u8; 3]) {
     let tiles = a.keys.div_ceil(ROWS) * (a.width / COLUMNS);
     let mut sums = Buffer::new(heads * parts * 2 * tiles * TILE);
     let (to, sums) = (To(to), Sums(sums.as_mut_ptr().cast()));
-    let next = AtomicUsize::new(0);
-    run(&|| {
-        let (to, sums) = (&to, &sums);
-        let mut room = None;
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= heads * parts {
-                break;
-            }
+    // As wholes: their fields are bare pointers, which threads do not share.
+    let (to, sums) = (&to, &sums);
+    each(
+        run,
+        heads * parts,
+        || Room::new(job),
+        |room, i| {
             let (head, part) = (i / parts, i % parts);
-            let room = room.get_or_insert_with(|| Room::new(job));
             room.fill(job, head);
             // SAFETY: the part's own sums; every block of rows is taken once.
             unsafe {
@@ -73,16 +69,13 @@ pub(super) fn run(job: &Job<'_>, run: Run<'_>, of: &Of<'_>, to: [*mut u8; 3]) {
                     one_block(job, head, block, of, room, to, [mine, mine.add(tiles * TILE)]);
                 }
             }
-        }
-    });
-    let next = AtomicUsize::new(0);
-    run(&|| {
-        let (to, sums) = (&to, &sums);
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= 2 * heads {
-                break;
-            }
+        },
+    );
+    each(
+        run,
+        2 * heads,
+        || (),
+        |(), i| {
             let (head, which) = (i / 2, i % 2);
             // SAFETY: all sums are written; every head's gradient is written once.
             unsafe {
@@ -95,8 +88,8 @@ pub(super) fn run(job: &Job<'_>, run: Run<'_>, of: &Of<'_>, to: [*mut u8; 3]) {
                 }
                 write(job, head, first, to.0[1 + which]);
             }
-        }
-    });
+        },
+    );
 }
 
 /// Writes the tiles of a head's keys.

@@ -1,9 +1,8 @@
 //! Attention itself.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use super::{BLOCK, Job, PANELS, Run, lanes};
+use super::{BLOCK, Job, PANELS, lanes};
 use crate::gemm::{Buffer, COLUMNS, Emit, Operand, ROWS, TILE, Target, pack, tile};
+use crate::tasks::{Run, each};
 
 /// Where results go: threads write rows of their own.
 struct To {
@@ -37,22 +36,13 @@ pub(super) fn run(job: &Job<'_>, run: Run<'_>, out: *mut u8, lse: &mut [f32]) {
     // Blocks of rows of a head that a thread takes together, with the head's panels made once for them.
     let blocks = job.blocks();
     let parts = (2 * super::TASKS).div_ceil(heads.max(1)).clamp(1, blocks.max(1));
-    let next = AtomicUsize::new(0);
-    run(&|| {
-        let to = &to;
-        let mut room = None;
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= heads * parts {
-                break;
-            }
-            let (head, part) = (i / parts, i % parts);
-            let (panels, room) = room.get_or_insert_with(|| (Panels::new(job), Room::new(job)));
-            panels.fill(job, head);
-            for block in blocks * part / parts..blocks * (part + 1) / parts {
-                // SAFETY: every block of rows is taken once, and lies within the results.
-                unsafe { one_block(job, head, block, panels, room, to) };
-            }
+    let own = || (Panels::new(job), Room::new(job));
+    each(run, heads * parts, own, |(panels, room), i| {
+        let (head, part) = (i / parts, i % parts);
+        panels.fill(job, head);
+        for block in blocks * part / parts..blocks * (part + 1) / parts {
+            // SAFETY: every block of rows is taken once, and lies within the results.
+            unsafe { one_block(job, head, block, panels, room, &to) };
         }
     });
 }

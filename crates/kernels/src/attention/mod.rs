@@ -21,6 +21,7 @@ use crate::KernelError;
 #[cfg(target_arch = "x86_64")]
 use crate::gemm::{COLUMNS, Kernel, Operand, ROWS};
 use crate::product::{Out, Rows};
+use crate::tasks::Run;
 
 /// Rows of a block: whole panels of rows and of columns.
 const BLOCK: usize = 96;
@@ -69,9 +70,6 @@ pub struct Operands<'a> {
     /// Values.
     pub v: Rows<'a>,
 }
-
-/// How the work is spread over threads, see [`matmul`](crate::matmul).
-pub type Run<'a> = &'a dyn Fn(&(dyn Fn() + Sync));
 
 /// Softmax of `q · kᵀ` (scale 1) over the keys that are seen, times `v`: `out` as the queries, `lse` the logarithm of each row's
 /// sum of exponentials, `[batch, kv_heads, queries, group]`. A row that sees nothing gives zeros.

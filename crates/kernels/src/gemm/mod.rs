@@ -14,7 +14,6 @@ pub(crate) mod pack;
 mod portable;
 
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::bf16;
 
@@ -23,6 +22,7 @@ pub(crate) use avx512::rounded;
 
 use crate::KernelError;
 use crate::product::{Out, Rows};
+use crate::tasks::{Run, each};
 
 /// Rows of the left operand in a panel.
 pub(crate) const ROWS: usize = 12;
@@ -138,17 +138,9 @@ impl Buffer {
 
 /// Computes `out = lhs · rhs` for every product of the batch, summed in f32. Both operands are of one kind.
 ///
-/// `run` calls the function it is given on as many threads as it likes, at least once, and returns when all calls have.
-///
 /// # Errors
 /// When sizes do not agree.
-pub fn matmul(
-    run: &dyn Fn(&(dyn Fn() + Sync)),
-    p: &Product,
-    lhs: Rows<'_>,
-    rhs: Rows<'_>,
-    out: &mut Out<'_>,
-) -> Result<(), KernelError> {
+pub fn matmul(run: Run<'_>, p: &Product, lhs: Rows<'_>, rhs: Rows<'_>, out: &mut Out<'_>) -> Result<(), KernelError> {
     let size = |a: usize, b: usize| p.batch.checked_mul(a).and_then(|x| x.checked_mul(b));
     let wrong =
         |what: &'static str, got: usize, [a, b]: [usize; 2]| KernelError::Operand { what, got, batch: p.batch, a, b };
@@ -255,7 +247,7 @@ impl Packed {
 }
 
 impl Job {
-    fn run(&self, run: &dyn Fn(&(dyn Fn() + Sync))) {
+    fn run(&self, run: Run<'_>) {
         let Product { batch, m, n, .. } = self.p;
         let (rows, columns) = (m.div_ceil(ROWS), n.div_ceil(COLUMNS));
         let mut left = self.shares(self.blocks.1, rows * ROWS).then(|| Buffer::new(batch * rows * ROWS * self.units));
@@ -267,41 +259,28 @@ impl Job {
         if left.is_some() || right.is_some() {
             // So many panels at a time that they are worth a look at the counter.
             let groups = |p: Option<&Packed>| p.map_or(0, |p| p.panels.div_ceil(GROUP));
-            let of_left = groups(left) * self.steps * batch;
-            let next = AtomicUsize::new(0);
-            run(&|| {
-                loop {
-                    let i = next.fetch_add(1, Ordering::Relaxed);
-                    match (left, right) {
-                        // SAFETY: every group is made once.
-                        (Some(p), _) if i < of_left => unsafe { self.pack::<ROWS>(p, &self.lhs, i) },
-                        // SAFETY: as above.
-                        (_, Some(p)) if i - of_left < groups(right) * self.steps * batch => unsafe {
-                            self.pack::<COLUMNS>(p, &self.rhs, i - of_left);
-                        },
-                        _ => break,
-                    }
-                }
-            });
+            let [of_left, of_right] = [left, right].map(|p| groups(p) * self.steps * batch);
+            each(
+                run,
+                of_left + of_right,
+                || (),
+                |(), i| match (left, right) {
+                    // SAFETY: every group is made once.
+                    (Some(p), _) if i < of_left => unsafe { self.pack::<ROWS>(p, &self.lhs, i) },
+                    // SAFETY: as above.
+                    (_, Some(p)) => unsafe { self.pack::<COLUMNS>(p, &self.rhs, i - of_left) },
+                    _ => {}
+                },
+            );
         }
         let tasks = self.blocks.0 * self.blocks.1 * batch;
         let (tall, wide) = (rows.div_ceil(self.blocks.0), columns.div_ceil(self.blocks.1));
-        let next = AtomicUsize::new(0);
-        run(&|| {
-            let mut room = None;
-            loop {
-                let task = next.fetch_add(1, Ordering::Relaxed);
-                if task >= tasks {
-                    break;
-                }
-                let room = room.get_or_insert_with(|| Room {
-                    lhs: Buffer::new(if left.is_some() { 0 } else { tall * ROWS * DEPTH }),
-                    rhs: Buffer::new(if right.is_some() { 0 } else { wide * COLUMNS * DEPTH }),
-                    sums: Buffer::new(tall * wide * TILE),
-                });
-                self.task(task, left, right, room);
-            }
-        });
+        let room = || Room {
+            lhs: Buffer::new(if left.is_some() { 0 } else { tall * ROWS * DEPTH }),
+            rhs: Buffer::new(if right.is_some() { 0 } else { wide * COLUMNS * DEPTH }),
+            sums: Buffer::new(tall * wide * TILE),
+        };
+        each(run, tasks, room, |room, task| self.task(task, left, right, room));
     }
 
     /// Whether panels with so many lanes, which so many tasks read, are made for all of them together.
