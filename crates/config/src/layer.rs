@@ -11,8 +11,9 @@ use std::path::PathBuf;
 use serde::Serializer;
 
 use crate::error::{Error, Problem};
+use crate::explain::{Filter, Setting};
 use crate::files;
-use crate::keys;
+use crate::keys::{self, Category};
 use crate::resolved::Config;
 use crate::value::Value;
 
@@ -170,6 +171,12 @@ impl RawConfig {
     #[must_use]
     pub fn origin(&self, key: &str) -> Option<&Origin> {
         keys::find(key).and_then(|key| self.entries.get(key.name)).map(|(_, origin)| origin)
+    }
+
+    /// Whether anything was said of the model's shape.
+    #[must_use]
+    pub fn tells_a_model(&self) -> bool {
+        self.show(Filter::Category(Category::Model)).iter().any(Setting::is_set)
     }
 
     /// What was wrong so far.

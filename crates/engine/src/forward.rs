@@ -89,6 +89,7 @@ pub struct Session<'r> {
     dtype: DType,
     /// Layers written out, on the mesh if there is one.
     layout: Layout,
+    mesh: Mesh,
     weights: HashMap<String, Sharded>,
     rows: Option<RowTable>,
     placed: Placed,
@@ -146,7 +147,8 @@ impl<'r> Session<'r> {
             None => None,
         };
         placed.spooled_bytes = rows.as_ref().map_or(0, RowTable::spooled);
-        Ok(Session { runtime, model, dtype, layout, weights, rows, placed, programs: Mutex::default() })
+        let mesh = layout.mesh();
+        Ok(Session { runtime, model, dtype, layout, mesh, weights, rows, placed, programs: Mutex::default() })
     }
 
     /// The model.
@@ -245,14 +247,14 @@ impl<'r> Session<'r> {
     /// A host array, whole on every device.
     fn hand_over(&self, host: HostArray) -> Result<Sharded> {
         let (dtype, shape) = (host.dtype(), host.shape().clone());
-        let mesh = mesh_of(&self.layout);
+        let mesh = &self.mesh;
         let sharding = Sharding::replicated(shape.rank());
         match mesh.devices() {
             1 => {
                 let buffer = self.runtime.client().buffer_from_owned(host, 0)?.0;
-                Sharded::new(dtype, shape, sharding, vec![buffer], &mesh)
+                Sharded::new(dtype, shape, sharding, vec![buffer], mesh)
             }
-            _ => Sharded::from_host(self.runtime.client(), &mesh, &host, &sharding),
+            _ => Sharded::from_host(self.runtime.client(), mesh, &host, &sharding),
         }
     }
 
@@ -342,10 +344,6 @@ fn first(parts: &[Buffer]) -> Result<&Buffer> {
     parts.first().ok_or_else(|| EngineError::Input("the program gave fewer results than it should".into()))
 }
 
-fn mesh_of(layout: &Layout) -> Mesh {
-    layout.partition().map(|p| p.mesh().clone()).unwrap_or_default()
-}
-
 /// Puts a weight on the devices of a layout.
 fn place_on(
     runtime: &Runtime,
@@ -354,7 +352,7 @@ fn place_on(
     p: &ParamSpec,
     dtype: DType,
 ) -> Result<(Sharded, Placement)> {
-    let mesh = mesh_of(layout);
+    let mesh = layout.mesh();
     let sharding = sharding_of(layout, p);
     if mesh.devices() == 1 {
         let (buffer, placement) = place(runtime, model, &p.name, dtype)?;
@@ -362,12 +360,10 @@ fn place_on(
         return Ok((array, placement));
     }
     let client = runtime.client();
-    let (read, view);
-    let (from, bytes) = match model.mapped(&p.name) {
-        Some(v) => {
-            view = v;
-            (view.dtype, view.bytes.as_slice())
-        }
+    let view = model.mapped(&p.name);
+    let read;
+    let (from, bytes) = match &view {
+        Some(view) => (view.dtype, view.bytes.as_slice()),
         None => {
             read = model.read(&p.name)?;
             (read.dtype(), read.bytes())
@@ -378,7 +374,7 @@ fn place_on(
         let part = cut(bytes, from, &p.shape, bounds)?;
         if to == from { Ok(part) } else { narrow(from, part.bytes(), part.shape().clone(), to) }
     })?;
-    if let Some(view) = model.mapped(&p.name) {
+    if let Some(view) = view {
         // The copies are what runs; the file's pages would only count twice.
         view.bytes.advise_dont_need();
     }

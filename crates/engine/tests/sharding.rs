@@ -15,7 +15,6 @@ use config::Sources;
 use gemma4::Arch;
 use gemma4::decoder::LayerRemat;
 use gemma4::layout::Layout;
-use gemma4::loss::{HeadGradient, LossOptions};
 use gemma4::partition::{Partition, Rules};
 use graph::{Mesh, Program, Sharding};
 use lapidary_engine::shards::{self, Sharded};
@@ -26,7 +25,7 @@ use lapidary_engine::train::step::{
 use lapidary_engine::{Runtime, RuntimeOptions};
 use pjrt::{CompileOptions, Executable};
 use tensor::{DType, HostArray};
-use values::{slot_values, uniform};
+use values::{loss_options, slot_values, uniform};
 
 /// Twelve layers, sliding twice and full once by turns: two repetitions that own keys and values, two that borrow them.
 /// Four query heads share one key/value head.
@@ -131,14 +130,7 @@ fn options(blocks: usize, remat: LayerRemat, accumulation: usize, update: Update
         seq: SEQ,
         accumulation,
         segments: true,
-        loss: LossOptions {
-            dtype: DType::F64,
-            remat,
-            blocks,
-            called_attention: false,
-            z_loss: 0.01,
-            gradient: HeadGradient::HiddenAndTable,
-        },
+        loss: loss_options(remat, blocks),
         per_layer: PerLayerTable::Device,
         weight_dtype: DType::F64,
         update,

@@ -27,7 +27,7 @@ use lapidary_engine::train::step::{
 use lapidary_engine::{Runtime, RuntimeOptions};
 use pjrt::{Buffer, CompileOptions, Executable};
 use tensor::{DType, HostArray};
-use values::{slot_values, uniform, values};
+use values::{loss_options, slot_values, uniform, values};
 
 /// Twelve layers, sliding twice and full once by turns: two repetitions that own keys and values, two that borrow them.
 const WORDS: &[&str] = &[
@@ -144,17 +144,6 @@ impl Rows {
         .into_iter()
         .map(|(name, v)| (name.to_owned(), HostArray::from_slice(shape.clone(), v).unwrap()))
         .collect()
-    }
-}
-
-fn loss_options(remat: LayerRemat, blocks: usize) -> LossOptions {
-    LossOptions {
-        dtype: DType::F64,
-        remat,
-        blocks,
-        called_attention: false,
-        z_loss: 0.01,
-        gradient: HeadGradient::HiddenAndTable,
     }
 }
 

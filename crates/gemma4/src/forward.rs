@@ -9,7 +9,7 @@ use tensor::{DType, ParamSpec};
 
 use crate::Arch;
 use crate::decoder::{Decoder, LayerRemat, Outputs, Tokens, Weights, head};
-use crate::layout::Layout;
+use crate::layout::{Layout, Slot};
 use crate::nn::Result;
 use crate::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, param_table};
 
@@ -69,7 +69,7 @@ pub fn body_params(arch: &Arch) -> impl Iterator<Item = ParamSpec> {
 #[must_use]
 pub fn sharding_of(layout: &Layout, p: &ParamSpec) -> Sharding {
     let slot = layout.slots().iter().find(|s| s.name == p.name);
-    slot.and_then(|s| s.sharding.clone()).unwrap_or_else(|| Sharding::replicated(p.shape.rank()))
+    slot.map_or_else(|| Sharding::replicated(p.shape.rank()), Slot::sharding_or_whole)
 }
 
 /// Builds the program from token ids to the final hidden state, with layers written out: `layout` is an unrolled one, on any

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use graph::{Graph, GraphError, Sharding};
+use graph::{Graph, GraphError, Mesh, Sharding};
 use tensor::{ParamSpec, Shape};
 
 use crate::Arch;
@@ -30,6 +30,12 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// How it lies: whole where nothing is said.
+    #[must_use]
+    pub fn sharding_or_whole(&self) -> Sharding {
+        self.sharding.clone().unwrap_or_else(|| Sharding::replicated(self.shape.rank()))
+    }
+
     /// The first parameter, whose part, axes and kind hold for all.
     #[must_use]
     pub fn spec(&self) -> &ParamSpec {
@@ -191,6 +197,18 @@ impl Layout {
     #[must_use]
     pub fn partition(&self) -> Option<&Partition> {
         self.partition.as_deref()
+    }
+
+    /// The mesh; one without axes where there is one device.
+    #[must_use]
+    pub fn mesh(&self) -> Mesh {
+        self.partition().map(|p| p.mesh().clone()).unwrap_or_default()
+    }
+
+    /// Devices that share the arrays.
+    #[must_use]
+    pub fn devices(&self) -> usize {
+        self.partition().map_or(1, |p| p.mesh().devices())
     }
 
     /// The arrays, in the order of a program's inputs.

@@ -22,7 +22,7 @@ pub(crate) mod verify;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use ::config::{Category, Filter, Hardware, Mesh, Sources};
+use ::config::{Hardware, Mesh, Sources};
 use engine::convert::{Checkpoint, Convention, Hints, Weights};
 use engine::{EngineError, Model, Runtime, RuntimeOptions};
 
@@ -154,8 +154,7 @@ pub(crate) struct ArchArgs {
 impl ArchArgs {
     /// Whether any word says something of the model's shape.
     fn tells_a_model(&self) -> bool {
-        let raw = Sources::from_args(self.words.iter().cloned()).with_process_environment().load();
-        raw.show(Filter::Category(Category::Model)).iter().any(|s| s.is_set())
+        Sources::from_args(self.words.iter().cloned()).with_process_environment().load().tells_a_model()
     }
 
     /// The devices that the words ask for.

@@ -210,7 +210,7 @@ fn place_on<'r>(
 ) -> Result<Session<'r>, Failure> {
     let spinner = ui.spinner("placing weights");
     let start = Instant::now();
-    let devices = layout.partition().map_or(1, |p| p.mesh().devices());
+    let devices = layout.devices();
     let session = Session::on(runtime, model.clone(), dtype, layout)?;
     spinner.finish_and_clear();
     let p = session.placed();

@@ -10,7 +10,7 @@ use tensor::{DType, HostArray, Shape};
 
 use super::TrainError;
 use super::plan::Plan;
-use super::source::{Source, Zeros, place, sharding};
+use super::source::{Source, Zeros, place};
 use super::step::{
     PerLayerTable, Role, Scalars, StepOptions, StepSums, batch_sharding, eval_program, step_program,
     summed_gradient_program, update_program,
@@ -104,7 +104,7 @@ impl<'r> Device<'r> {
         let client = runtime.client();
         let mut plan = plan;
         plan.step.loss.called_attention = product_calls(runtime, &plan).is_some();
-        let mesh = plan.layout.partition().map(|p| p.mesh().clone()).unwrap_or_default();
+        let mesh = plan.layout.mesh();
         let split = peers.is_some();
         if split && plan.step.per_layer == PerLayerTable::HostTrained {
             return Err(TrainError::Key {
@@ -116,12 +116,12 @@ impl<'r> Device<'r> {
         let prepare = || -> Result<(Executable, Option<Executable>, CompileReport)> {
             let build = if split { summed_gradient_program } else { step_program };
             let program = build(&plan.arch, &plan.layout, &plan.step, &|s| plan.role(s))?;
-            let Compiled { executable, cached, .. } = compile(runtime, &program, &plan)?;
+            let Compiled { executable, cached, .. } = compile(runtime, program, &plan)?;
             let update = match split {
                 false => None,
                 true => {
                     let program = update_program(&plan.arch, &plan.layout, &plan.step, &|s| plan.role(s))?;
-                    Some(compile(runtime, &program, &plan)?.executable)
+                    Some(compile(runtime, program, &plan)?.executable)
                 }
             };
             let time = start.elapsed();
@@ -225,8 +225,10 @@ impl<'r> Device<'r> {
         let arguments: Vec<&Sharded> = self.params.iter().chain(&inputs).collect();
         // Gradients of the trained slots lie as these do; then the sums, whole on every device.
         let slots = self.plan.slots().zip(&self.trained).filter(|(_, t)| **t).map(|(slot, _)| slot);
-        let lies: Vec<(Shape, Sharding)> =
-            slots.map(|s| (s.shape.clone(), sharding(s))).chain([(SUMS.into(), Sharding::replicated(1))]).collect();
+        let lies: Vec<(Shape, Sharding)> = slots
+            .map(|s| (s.shape.clone(), s.sharding_or_whole()))
+            .chain([(SUMS.into(), Sharding::replicated(1))])
+            .collect();
         let (mut hosts, mut lying) = (Vec::new(), Vec::new());
         for (parts, (shape, sharding)) in shards::execute(&self.step, &arguments)?.into_iter().zip(lies) {
             let output = Sharded::new(DType::F32, shape, sharding, parts, &self.mesh)?;
@@ -306,7 +308,7 @@ impl<'r> Device<'r> {
         }
         if self.eval.is_none() {
             let program = eval_program(&self.plan.arch, &self.plan.layout, &options, &|s| self.plan.role(s))?;
-            self.eval = Some(compile(self.runtime, &program, &self.plan)?.executable);
+            self.eval = Some(compile(self.runtime, program, &self.plan)?.executable);
         }
         let inputs = self.batch(batch, &options, 1)?;
         let on_device =
@@ -429,17 +431,11 @@ fn read_sums(sums: Option<Vec<Buffer>>) -> Result<StepSums> {
     StepSums::from_values(host.as_slice::<f32>()?).ok_or_else(missing)
 }
 
-fn compile(runtime: &Runtime, program: &Program, plan: &Plan) -> Result<Compiled> {
-    match product_calls(runtime, plan) {
-        Some(calls) => {
-            let options = match plan.step.loss.dtype {
-                DType::BF16 => CompileOptions::default(),
-                _ => CompileOptions::verify_f32(),
-            };
-            Ok(runtime.compile(&program.clone().with_product_calls(calls), &options)?)
-        }
-        None => Ok(runtime.compile(program, &compile_options(plan))?),
-    }
+fn compile(runtime: &Runtime, program: Program, plan: &Plan) -> Result<Compiled> {
+    Ok(match product_calls(runtime, plan) {
+        Some(calls) => runtime.compile(&program.with_product_calls(calls), &options(plan, false))?,
+        None => runtime.compile(&program, &compile_options(plan))?,
+    })
 }
 
 /// Products that a program on one device of this machine does not leave to the compiler.
@@ -458,8 +454,13 @@ const LARGE_STEP: f64 = 3e11;
 /// be stored: small steps compile longer than they run, and go without.
 #[must_use]
 pub fn compile_options(plan: &Plan) -> CompileOptions {
+    options(plan, plan.flops.total >= LARGE_STEP)
+}
+
+/// With a library for products of bf16, or without.
+fn options(plan: &Plan, library: bool) -> CompileOptions {
     let options = match plan.step.loss.dtype {
-        DType::BF16 if plan.flops.total >= LARGE_STEP => CompileOptions::bf16(),
+        DType::BF16 if library => CompileOptions::bf16(),
         DType::BF16 => CompileOptions::default(),
         _ => CompileOptions::verify_f32(),
     };

@@ -204,7 +204,7 @@ impl Plan {
     /// Devices that share the run.
     #[must_use]
     pub fn devices(&self) -> usize {
-        self.layout.partition().map_or(1, |p| p.mesh().devices())
+        self.layout.devices()
     }
 
     /// What is done with a slot.

@@ -81,11 +81,6 @@ impl Given {
     }
 }
 
-/// How a slot lies on the mesh of its layout; whole where there is none.
-pub(crate) fn sharding(slot: &Slot) -> Sharding {
-    slot.sharding.clone().unwrap_or_else(|| Sharding::replicated(slot.shape.rank()))
-}
-
 /// A slot's members on the devices. What a step gets to overwrite must be in the devices' own memory: of what is borrowed, the
 /// runtime would make a copy at the first step.
 ///
@@ -98,7 +93,7 @@ pub(crate) fn place(
     memory: Memory,
     read: &dyn Fn(&str) -> Result<Given>,
 ) -> Result<Sharded> {
-    let sharding = sharding(slot);
+    let sharding = slot.sharding_or_whole();
     let what = (dtype, &slot.shape);
     let only = match &slot.members[..] {
         [only] if !slot.stacked => Some(only),
@@ -179,7 +174,7 @@ impl Zeros {
     }
 
     pub(crate) fn place(&self, client: &Client, mesh: &Mesh, slot: &Slot, dtype: DType) -> Result<Sharded> {
-        let sharding = sharding(slot);
+        let sharding = slot.sharding_or_whole();
         let local = sharding.shard_shape(mesh, &slot.shape).map_err(EngineError::Input)?;
         let zeros = &self.0.bytes()[..local.elements() * dtype.size()];
         let parts = (0..mesh.devices()).map(|d| client.buffer_from_bytes(zeros, dtype, &local, d));

@@ -2,8 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use config::Category;
-use config::{Config, Filter};
+use config::Config;
 use gemma4::Arch;
 use serde_json::json;
 
@@ -36,7 +35,7 @@ pub(super) fn run_name(config: &Config) -> String {
 /// The model's name, or that of the directory it comes from.
 fn model_name(config: &Config) -> String {
     let load = std::path::Path::new(&config.checkpoint.load_parameters_path);
-    match load.file_name().filter(|_| leaves_the_model_open(config)) {
+    match load.file_name().filter(|_| !config.raw().tells_a_model()) {
         Some(name) => name.to_string_lossy().into_owned(),
         None => config.model.name.clone(),
     }
@@ -56,14 +55,9 @@ fn stamp(seconds: u64) -> String {
     format!("{y:04}-{m:02}-{d:02}-{:02}-{:02}", rest / 3600, rest / 60 % 60)
 }
 
-/// Whether the configuration says nothing of the model's shape.
-fn leaves_the_model_open(config: &Config) -> bool {
-    config.raw().show(Filter::Category(Category::Model)).iter().all(|s| !s.is_set())
-}
-
 /// The configured architecture, which is also that of the checkpoint; that of the checkpoint where none is configured.
 pub(super) fn architecture(config: &Config, given: Option<&Model>) -> Result<Arch> {
-    if let Some(model) = given.filter(|_| leaves_the_model_open(config)) {
+    if let Some(model) = given.filter(|_| !config.raw().tells_a_model()) {
         return Ok(model.arch().clone());
     }
     let configured = Arch::from_config(config)?;

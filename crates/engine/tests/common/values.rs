@@ -1,7 +1,21 @@
-//! Values of parameters, made up.
+//! What tests of whole models share: values of parameters, made up, and a loss.
 
+use gemma4::decoder::LayerRemat;
 use gemma4::layout::Slot;
-use tensor::ParamSpec;
+use gemma4::loss::{HeadGradient, LossOptions};
+use tensor::{DType, ParamSpec};
+
+/// A loss with everything in it, in f64.
+pub(crate) fn loss_options(remat: LayerRemat, blocks: usize) -> LossOptions {
+    LossOptions {
+        dtype: DType::F64,
+        remat,
+        blocks,
+        called_attention: false,
+        z_loss: 0.01,
+        gradient: HeadGradient::HiddenAndTable,
+    }
+}
 
 /// Between -1 and 1, the same on every machine.
 pub(crate) fn uniform(seed: &str, n: usize) -> Vec<f64> {
