@@ -161,11 +161,7 @@ impl StagedDir {
     fn open(target: &Path, force: bool) -> Result<Self, CommitError> {
         let target = resolve(target)?;
         check_target(&target, force)?;
-        let name = target.file_name().ok_or_else(|| CommitError::NoName { path: target.clone() })?;
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(".lapidary-partial");
-        let staging = target.with_file_name(hidden);
+        let staging = sibling(&target)?;
         if let Some(parent) = target.parent() {
             fs::create_dir_all(parent)?;
         }
@@ -254,6 +250,22 @@ impl Drop for StagedDir {
             let _ = fs::remove_dir_all(&self.staging);
         }
     }
+}
+
+/// The hidden directory in which `target` is made, for other processes that write into it too.
+///
+/// # Errors
+/// When the path has no last component.
+pub fn staging_path(target: &Path) -> Result<PathBuf, CommitError> {
+    sibling(&resolve(target)?)
+}
+
+fn sibling(target: &Path) -> Result<PathBuf, CommitError> {
+    let name = target.file_name().ok_or_else(|| CommitError::NoName { path: target.to_owned() })?;
+    let mut hidden = std::ffi::OsString::from(".");
+    hidden.push(name);
+    hidden.push(".lapidary-partial");
+    Ok(target.with_file_name(hidden))
 }
 
 /// Follows a symbolic link at the target, so that its destination is replaced and not the link.

@@ -34,7 +34,30 @@ pub(crate) struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    hosts: HostArgs,
+    #[command(flatten)]
     engine: EngineArgs,
+}
+
+/// Which of several processes this is, where no launcher tells.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Several processes")]
+struct HostArgs {
+    /// This process, counted from 0 [default: from LAPIDARY_*, Open MPI, JobSet, NODE_RANK or SLURM variables].
+    #[arg(long, value_name = "N")]
+    process_id: Option<usize>,
+    /// How many processes there are.
+    #[arg(long, value_name = "N")]
+    num_processes: Option<usize>,
+    /// Where process 0 is reached by the others.
+    #[arg(long, value_name = "HOST[:PORT]")]
+    coordinator: Option<String>,
+}
+
+impl HostArgs {
+    fn flags(&self) -> HostFlags {
+        HostFlags { process: self.process_id, count: self.num_processes, coordinator: self.coordinator.clone() }
+    }
 }
 
 const EXAMPLES: &str = "\
@@ -62,7 +85,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         ui.say(format!("note: {note}"));
     }
     let stop = on_interrupt()?;
-    let peers = peers()?;
+    let peers = peers(&args.hosts.flags())?;
     // One of several processes speaks for all.
     let quiet = Ui::new(true);
     let ui = if peers.as_deref().is_some_and(|p| p.rank() > 0) { &quiet } else { ui };
@@ -139,8 +162,8 @@ fn collectives(stats: &HloStats) -> Vec<String> {
 }
 
 /// The other processes of the job, if there are any.
-fn peers() -> Result<Option<Box<dyn Peers>>, Failure> {
-    let found = Identity::find(&HostFlags::default(), &|name| std::env::var(name).ok()).map_err(Failure::usage)?;
+fn peers(flags: &HostFlags) -> Result<Option<Box<dyn Peers>>, Failure> {
+    let found = Identity::find(flags, &|name| std::env::var(name).ok()).map_err(Failure::usage)?;
     let Some(identity) = found else { return Ok(None) };
     if identity.origin != Origin::Mpi {
         return Err(Failure::usage(format!(

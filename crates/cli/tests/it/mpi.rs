@@ -31,6 +31,13 @@ fn processes_lose_what_one_loses() {
         assert!(o.status.success() && said.contains(&format!("{processes} processes share every batch")), "{said}");
         let found = losses(&dir.path().join(&name));
         assert_eq!(found.len(), 6);
+        // Every process wrote its share of the checkpoint.
+        let checkpoint = dir.path().join(&name).join("checkpoints/6");
+        for p in 1..processes {
+            for kind in ["model-trained", "optimizer"] {
+                assert!(checkpoint.join(format!("{kind}-p{p:05}-00001.safetensors")).is_file(), "{kind} {p}");
+            }
+        }
         for (w, f) in wanted.iter().zip(&found) {
             assert!(w.0 == f.0 && (w.1 - f.1).abs() <= 1e-5 * w.1, "{processes}: {w:?} {f:?}");
         }

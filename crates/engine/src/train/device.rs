@@ -22,7 +22,7 @@ use crate::hosts::peers::{Peers, own_rows, sum_arrays};
 use crate::rows::RowTable;
 use crate::runtime::{Compiled, Runtime};
 use crate::shards::{self, Memory, Sharded};
-use crate::train_state::TableSnapshot;
+use crate::train_state::{Share, TableSnapshot};
 use crate::{EngineError, Model};
 
 type Result<T> = std::result::Result<T, TrainError>;
@@ -362,28 +362,51 @@ impl<'r> Device<'r> {
         Ok(self.table()?.whole()?)
     }
 
-    /// Copies every trained parameter and moment to the host, one array a parameter of the model: names as in the parameter
-    /// table, moments with their prefix.
-    #[expect(clippy::type_complexity, reason = "two lists of named arrays")]
-    pub(crate) fn snapshot(&self, all: bool) -> Result<(Vec<(String, HostArray)>, Vec<(String, HostArray)>)> {
-        let mut params = Vec::new();
-        for ((slot, buffer), &trained) in self.plan.slots().zip(&self.params).zip(&self.trained) {
-            if (all || trained) && !self.plan.step.is_hosted(slot) {
-                unstack(slot, &buffer.to_host(&self.mesh)?, "", &mut params)?;
+    /// Copies trained parameters and moments to the host, one array a parameter of the model: names as in the parameter table,
+    /// moments with their prefix. With `all`, untrained ones that are on the device too.
+    pub(crate) fn snapshot(&self, all: bool, share: Share) -> Result<HostState> {
+        let slots: Vec<(&Slot, bool)> = self.plan.slots().zip(self.trained.iter().copied()).collect();
+        let kept = |(slot, trained): (&Slot, bool)| (all || trained) && !self.plan.step.is_hosted(slot);
+        // Moments are where their parameter is.
+        let lists = self.plan.step.update.moment_dtypes();
+        let size = |&(slot, trained): &(&Slot, bool)| match (kept((slot, trained)), trained) {
+            (false, _) => 0,
+            (true, trained) => (slot.shape.elements() * if trained { 1 + lists.len() } else { 1 }) as u64,
+        };
+        let mine: Vec<bool> =
+            share.deal(&slots.iter().map(size).collect::<Vec<_>>()).iter().map(|p| *p == share.process).collect();
+        let mut state = HostState::default();
+        for ((&(slot, trained), buffer), mine) in slots.iter().zip(&self.params).zip(&mine) {
+            if !kept((slot, trained)) {
+                continue;
+            }
+            state.held.extend(slot.members.iter().map(|m| m.name.clone()));
+            if *mine {
+                unstack(slot, &buffer.to_host(&self.mesh)?, "", &mut state.params)?;
             }
         }
-        let mut moments = Vec::new();
         let mut buffers = self.moments.iter();
-        for (prefix, _) in self.plan.step.update.moment_dtypes() {
-            for (slot, _) in self.plan.slots().zip(&self.trained).filter(|(_, t)| **t) {
+        for (prefix, _) in lists {
+            for (&(slot, _), mine) in slots.iter().zip(&mine).filter(|((_, trained), _)| *trained) {
                 let buffer = buffers.next().ok_or_else(missing)?;
-                if !self.plan.step.is_hosted(slot) {
-                    unstack(slot, &buffer.to_host(&self.mesh)?, prefix, &mut moments)?;
+                if *mine && !self.plan.step.is_hosted(slot) {
+                    unstack(slot, &buffer.to_host(&self.mesh)?, prefix, &mut state.moments)?;
                 }
             }
         }
-        Ok((params, moments))
+        Ok(state)
     }
+}
+
+/// What a run's devices hold, on the host.
+#[derive(Debug, Default)]
+pub(crate) struct HostState {
+    /// Parameters that fall to this process.
+    pub(crate) params: Vec<(String, HostArray)>,
+    /// Their moments.
+    pub(crate) moments: Vec<(String, HostArray)>,
+    /// Names of the parameters that fall to any process.
+    pub(crate) held: Vec<String>,
 }
 
 /// Micro-batch `i` is rows `i`, `i + n`, `i + 2n`, ... as in MaxText.

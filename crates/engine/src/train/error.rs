@@ -85,6 +85,15 @@ pub enum TrainError {
         /// Steps in the last checkpoint.
         here: u64,
     },
+    /// Processes that write a checkpoint together must see the same files.
+    #[error(
+        "{} is not the directory in which process 0 keeps its checkpoints; base_output_directory must lie on a file system that all processes share",
+        .dir.display()
+    )]
+    OtherFiles {
+        /// The directory of this process.
+        dir: PathBuf,
+    },
     /// Input or output.
     #[error(transparent)]
     Io(#[from] std::io::Error),

@@ -12,7 +12,7 @@ use super::plan::Plan;
 use super::step::PerLayerTable;
 use crate::metrics::summary::{Summary, render};
 use crate::planner::memory_rows;
-use crate::train_state::{StoreOptions, TrainerState};
+use crate::train_state::{Share, StoreOptions, TrainerState};
 use crate::{Model, Runtime, metrics, peak};
 
 type Result<T> = std::result::Result<T, TrainError>;
@@ -79,13 +79,14 @@ pub(super) fn architecture(config: &Config, given: Option<&Model>) -> Result<Arc
     Err(TrainError::OtherModel { path: model.path().to_owned(), reason })
 }
 
-pub(super) fn store_options(config: &Config, plan: &Plan, given: Option<&Model>) -> StoreOptions {
+pub(super) fn store_options(config: &Config, plan: &Plan, given: Option<&Model>, share: Share) -> StoreOptions {
     let hf = given.filter(|m| m.report().is_some());
     StoreOptions {
         keep: config.checkpoint.max_to_keep,
         conditional: true,
         arch: plan.arch.clone(),
         source: hf.map(|m| m.path().to_owned()),
+        share,
     }
 }
 

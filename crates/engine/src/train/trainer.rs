@@ -12,7 +12,7 @@ use gemma4::params::EMBED_TOKENS_PER_LAYER;
 use serde_json::json;
 
 use super::TrainError;
-use super::device::{CompileReport, Device, Moments};
+use super::device::{CompileReport, Device, HostState, Moments};
 use super::optimizer::Rule;
 use super::plan::Plan;
 use super::source::Given;
@@ -23,7 +23,7 @@ use super::step::{Scalars, StepSums};
 use crate::data::{self, BatchSource, DataReport, FixedBatches, Prefetch, TokenBatch};
 use crate::hosts::peers::Peers;
 use crate::metrics::{self, EvalMetrics, MetricsOptions, MetricsWriter, StepMetrics};
-use crate::train_state::{Array, AsyncSaver, Loaded, Snapshot, Store, TrainerState};
+use crate::train_state::{Array, AsyncSaver, Loaded, Share, Snapshot, Store, TrainerState};
 use crate::{Model, Runtime, init};
 
 type Result<T> = std::result::Result<T, TrainError>;
@@ -140,13 +140,15 @@ pub fn train(
     let plan = Plan::on(config, arch, &config.mesh.resolve(runtime.client().devices().len(), 1)?)?;
 
     // Where the run stands.
+    let share = Share { process: rank, count: processes };
     let checkpoints = run_dir.join("checkpoints");
     // Opening a store clears what a killed run left: process 0 first, and no one saves before all have looked.
-    if rank > 0 {
-        together(peers, 0.0)?;
+    let sign = if rank == 0 { None } else { Some(together(peers, 0.0)?) };
+    if let Some(sign) = sign.filter(|_| config.checkpoint.enable) {
+        shared_files(&checkpoints, sign)?;
     }
     let store = match config.checkpoint.enable {
-        true => Some(Arc::new(Store::open(&checkpoints, store_options(config, &plan, given.as_ref()))?)),
+        true => Some(Arc::new(Store::open(&checkpoints, store_options(config, &plan, given.as_ref(), share))?)),
         false => None,
     };
     let latest = store.as_ref().map(|s| s.latest()).transpose()?.flatten();
@@ -155,16 +157,21 @@ pub fn train(
         _ => None,
     };
     let start = loaded.as_ref().map_or(0, |l| l.state.step);
-    if rank == 0 {
-        together(peers, 0.0)?;
-    }
+    let signed = match (rank, peers) {
+        (0, Some(_)) => {
+            let sign = if config.checkpoint.enable { sign_files(&checkpoints)? } else { 0.0 };
+            together(peers, sign)?;
+            config.checkpoint.enable
+        }
+        _ => false,
+    };
     if together(peers, start as f32)? != start as f32 * processes as f32 {
         return Err(TrainError::OtherStep { here: start });
     }
-    let (store, own_dir) = match rank {
-        0 => (store, run_dir.clone()),
-        _ => (None, run_dir.join(format!("process_{rank}"))),
-    };
+    if signed {
+        fs_err::remove_file(checkpoints.join(SIGN_FILE))?;
+    }
+    let own_dir = if rank == 0 { run_dir.clone() } else { run_dir.join(format!("process_{rank}")) };
     if start >= plan.steps {
         return Err(TrainError::Finished { done: start, steps: plan.steps });
     }
@@ -233,6 +240,7 @@ pub fn train(
         identity,
         saver: store.as_ref().map(|s| AsyncSaver::new(Arc::clone(s))),
         store: store.clone(),
+        share,
         saved: latest,
         paused: None,
         peak: None,
@@ -314,6 +322,7 @@ struct Run<'a> {
     identity: BTreeMap<String, serde_json::Value>,
     saver: Option<AsyncSaver>,
     store: Option<Arc<Store>>,
+    share: Share,
     /// The last step saved.
     saved: Option<u64>,
     /// How long the run stood still for the save under way.
@@ -386,12 +395,12 @@ impl Run<'_> {
         let clock = Instant::now();
         // The first checkpoint of a run holds everything, later ones what changed.
         let all = self.saved.is_none();
-        let (params, moments) = device.snapshot(all)?;
+        let HostState { params, moments, held } = device.snapshot(all, self.share)?;
         let hosted = device.table_snapshot()?;
         let cursor = serde_json::to_value(source.cursor()).unwrap_or_default();
         let table = param_table(&self.plan.arch);
         let held: std::collections::HashSet<&str> =
-            params.iter().map(|(n, _)| n.as_str()).chain(hosted.iter().map(|t| t.name.as_str())).collect();
+            held.iter().map(String::as_str).chain(hosted.iter().map(|t| t.name.as_str())).collect();
         let trained = |p: &&tensor::ParamSpec| self.plan.is_trained(p);
         let state = TrainerState {
             format: 1,
@@ -411,7 +420,9 @@ impl Run<'_> {
             && self.config.checkpoint.load_parameters_path.is_empty()
         {
             // Drawn at random and kept on the host: nothing else could give it back.
-            params.push(Array { name: EMBED_TOKENS_PER_LAYER.into(), data: device.host_table()? });
+            if self.share.process == 0 {
+                params.push(Array { name: EMBED_TOKENS_PER_LAYER.into(), data: device.host_table()? });
+            }
             frozen.retain(|n| n != EMBED_TOKENS_PER_LAYER);
         }
         let moments = moments.into_iter().map(array).collect();
@@ -485,6 +496,32 @@ fn place<'r>(
         }
         None => Device::new(runtime, plan.clone(), &from_model, None, given, peers),
     }
+}
+
+/// Name of the file by which processes know that they see the same directory.
+const SIGN_FILE: &str = ".lapidary-processes";
+
+/// Puts a number into the directory of checkpoints that other processes find there, if it is the same directory.
+fn sign_files(dir: &Path) -> Result<f32> {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.subsec_nanos());
+    // An f32 holds it exactly, also as a sum with zeros; it is never 0.
+    let sign = 1 + ((now ^ std::process::id().rotate_left(12)) & 0xf_ffff);
+    fs_err::create_dir_all(dir)?;
+    fs_err::write(dir.join(SIGN_FILE), sign.to_string())?;
+    Ok(sign as f32)
+}
+
+/// Waits for that number: file systems of networks may show files late.
+fn shared_files(dir: &Path, sign: f32) -> Result<()> {
+    let start = Instant::now();
+    let wanted = (sign as u32).to_string();
+    while fs_err::read_to_string(dir.join(SIGN_FILE)).ok().as_ref() != Some(&wanted) {
+        if start.elapsed() > Duration::from_secs(60) {
+            return Err(TrainError::OtherFiles { dir: dir.to_owned() });
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
 }
 
 /// The sum of a value over all processes: none goes on before all have come here.

@@ -67,6 +67,16 @@ pub enum StateError {
         /// The name asked for.
         name: String,
     },
+    /// Several processes save, and one of them did not do its part.
+    #[error("step {step} is not saved: the files of process {process}: {reason}")]
+    Part {
+        /// Which one.
+        process: usize,
+        /// The step.
+        step: u64,
+        /// What is wrong.
+        reason: String,
+    },
     /// The directory could not be staged or committed.
     #[error(transparent)]
     Commit(#[from] checkpoint::commit::CommitError),

@@ -7,11 +7,11 @@ use checkpoint::manifest::Manifest;
 use checkpoint::safetensors::{SafetensorsFile, TensorView};
 use gemma4::param_table;
 use rayon::prelude::*;
-use tensor::{DType, Shape};
+use tensor::{DType, ParamSpec, Shape};
 
+use super::check::{check_moments, check_rows};
 use super::record::Record;
-use super::save::{check_moments, check_rows};
-use super::{OPTIMIZER_FILE, ROWS, StateError, Store, TrainerState};
+use super::{OPTIMIZER_FILE, OPTIMIZER_PARTS, ROWS, StateError, Store, TrainerState};
 use crate::Model;
 
 /// A checkpoint that was checked completely. Arrays are read when they are asked for.
@@ -20,7 +20,8 @@ pub struct Loaded {
     /// Everything but arrays.
     pub state: TrainerState,
     model: Model,
-    moments: SafetensorsFile,
+    /// One file, or one of each process that wrote.
+    moments: Vec<SafetensorsFile>,
 }
 
 impl Store {
@@ -53,7 +54,9 @@ impl Store {
         if *model.arch() != self.options.arch {
             return Err("config.json describes another architecture than the one being trained".to_owned());
         }
-        let moments = SafetensorsFile::open(&path.join(OPTIMIZER_FILE)).map_err(|e| e.to_string())?;
+        let moments = moment_files(&record)
+            .map(|name| SafetensorsFile::open(&path.join(name)).map_err(|e| e.to_string()))
+            .collect::<Result<Vec<_>, _>>()?;
         let table = param_table(&self.options.arch);
         for spec in &table {
             let dtype = model.dtype(&spec.name).map_err(|e| e.to_string())?;
@@ -62,32 +65,47 @@ impl Store {
             }
         }
         let trained: BTreeSet<&str> = record.state.trained.iter().map(String::as_str).collect();
-        let all = moments.tensors().iter();
+        let all = moments.iter().flat_map(SafetensorsFile::tensors);
         let names: Vec<&str> = all.map(|t| t.name.as_str()).filter(|n| !n.starts_with(ROWS)).collect();
         check_moments(&record.state.optimizer, &trained, &names).map_err(|e| format!("{OPTIMIZER_FILE}: {e}"))?;
-        for t in moments.tensors() {
-            let param = t.name.split_once(':').map_or("", |(_, n)| n);
-            let Some(spec) = table.iter().find(|p| p.name == param) else {
-                return Err(format!("{OPTIMIZER_FILE}: {} is of no parameter of the model", t.name));
-            };
-            let rows = moments.tensor(&format!("{ROWS}{param}"));
-            if let Some(rows) = rows.filter(|_| spec.shape.rank() == 2) {
-                let numbers = numbers(&rows).map_err(|e| format!("{OPTIMIZER_FILE}: {ROWS}{param}: {e}"))?;
-                check_rows(&numbers, spec.shape.dims()[0]).map_err(|e| format!("{OPTIMIZER_FILE}: {param}: {e}"))?;
-                let part = Shape::from([numbers.len(), spec.shape.dims()[1]]);
-                let is_float = matches!(t.dtype, DType::BF16 | DType::F32) && t.shape == part;
-                if !is_float && t.name != format!("{ROWS}{param}") {
-                    return Err(format!("{OPTIMIZER_FILE}: {} is {}{}, expected {part}", t.name, t.dtype, t.shape));
-                }
-                continue;
-            }
-            if t.shape != spec.shape || !matches!(t.dtype, DType::BF16 | DType::F32) {
-                let (found, dtype, shape) = (&t.shape, t.dtype, &spec.shape);
-                return Err(format!("{OPTIMIZER_FILE}: {} is {dtype}{found}, expected floats of {shape}", t.name));
-            }
+        for file in &moments {
+            check_shapes(file, &table)
+                .map_err(|e| format!("{}: {e}", file.path().file_name().unwrap_or_default().display()))?;
         }
         Ok(Loaded { state: record.state, model, moments })
     }
+}
+
+/// The file of moments, and those of other processes.
+fn moment_files(record: &Record) -> impl Iterator<Item = &str> {
+    let names = record.files.iter().map(|f| f.name.as_str());
+    std::iter::once(OPTIMIZER_FILE)
+        .chain(names.filter(|n| n.starts_with(OPTIMIZER_PARTS) && n.ends_with(".safetensors")))
+}
+
+/// Whether moments have the shapes of their parameters, or of as many rows of them as are numbered. The error is a clause.
+fn check_shapes(file: &SafetensorsFile, table: &[ParamSpec]) -> Result<(), String> {
+    for t in file.tensors() {
+        let param = t.name.split_once(':').map_or("", |(_, n)| n);
+        let Some(spec) = table.iter().find(|p| p.name == param) else {
+            return Err(format!("{} is of no parameter of the model", t.name));
+        };
+        let rows = file.tensor(&format!("{ROWS}{param}"));
+        if let Some(rows) = rows.filter(|_| spec.shape.rank() == 2) {
+            let numbers = numbers(&rows).map_err(|e| format!("{ROWS}{param}: {e}"))?;
+            check_rows(&numbers, spec.shape.dims()[0]).map_err(|e| format!("{param}: {e}"))?;
+            let part = Shape::from([numbers.len(), spec.shape.dims()[1]]);
+            let is_float = matches!(t.dtype, DType::BF16 | DType::F32) && t.shape == part;
+            if !is_float && t.name != format!("{ROWS}{param}") {
+                return Err(format!("{} is {}{}, expected {part}", t.name, t.dtype, t.shape));
+            }
+            continue;
+        }
+        if t.shape != spec.shape || !matches!(t.dtype, DType::BF16 | DType::F32) {
+            return Err(format!("{} is {}{}, expected floats of {}", t.name, t.dtype, t.shape, spec.shape));
+        }
+    }
+    Ok(())
 }
 
 /// The values of a list of i32.
@@ -114,7 +132,7 @@ impl Loaded {
 
     /// Names of the moments.
     pub fn moments(&self) -> impl Iterator<Item = &str> {
-        self.moments.tensors().iter().map(|t| t.name.as_str())
+        self.moments.iter().flat_map(SafetensorsFile::tensors).map(|t| t.name.as_str())
     }
 
     /// A parameter, trained or frozen, in the element type it was saved in, in its mapped file.
@@ -130,11 +148,9 @@ impl Loaded {
     /// # Errors
     /// When the file changed since it was checked.
     pub fn table_rows(&self) -> Result<Vec<i32>, StateError> {
-        let Some(entry) = self.moments.tensors().iter().find(|t| t.name.starts_with(ROWS)) else {
-            return Ok(Vec::new());
-        };
-        let view = self.moments.tensor(&entry.name).ok_or_else(|| self.no_array("rows", &entry.name))?;
-        numbers(&view).map_err(|_| self.no_array("rows", &entry.name))
+        let Some(name) = self.moments().find(|n| n.starts_with(ROWS)) else { return Ok(Vec::new()) };
+        let view = self.moments.iter().find_map(|f| f.tensor(name)).ok_or_else(|| self.no_array("rows", name))?;
+        numbers(&view).map_err(|_| self.no_array("rows", name))
     }
 
     /// A moment, such as `mu:norm.weight`, in its mapped file.
@@ -142,7 +158,7 @@ impl Loaded {
     /// # Errors
     /// When there is none of this name.
     pub fn moment(&self, name: &str) -> Result<TensorView, StateError> {
-        self.moments.tensor(name).ok_or_else(|| self.no_array("moment", name))
+        self.moments.iter().find_map(|f| f.tensor(name)).ok_or_else(|| self.no_array("moment", name))
     }
 
     fn no_array(&self, what: &'static str, name: &str) -> StateError {

@@ -14,17 +14,21 @@
 //! |---|---|
 //! | `record` | `trainer.json` |
 //! | `save` | a snapshot becomes a directory |
+//! | `check` | whether snapshots are complete and fit the architecture |
+//! | `share` | several processes write one checkpoint |
 //! | `frozen` | where tensors come from that a snapshot does not hold |
 //! | `load` | a directory is checked and read |
 //! | `tidy` | removes old steps and what killed runs left |
 //! | `saver` | saves on a thread |
 
+mod check;
 mod error;
 mod frozen;
 mod load;
 mod record;
 mod save;
 mod saver;
+mod share;
 mod tidy;
 
 use std::collections::BTreeMap;
@@ -43,9 +47,13 @@ use record::Record;
 pub use record::{FORMAT, STATE_FILE};
 pub use save::Saved;
 pub use saver::AsyncSaver;
+pub use share::Share;
 
-/// Name of the file of moments within a checkpoint.
+/// Name of the file of moments within a checkpoint. Where several processes wrote it, `optimizer-p*.safetensors` hold the rest.
 pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+
+/// Begins the names of those.
+const OPTIMIZER_PARTS: &str = "optimizer-p";
 
 /// Before a parameter's name in that file: the numbers of the rows that its moments are of, where they are not of all.
 pub const ROWS: &str = "rows:";
@@ -119,6 +127,9 @@ pub struct StoreOptions {
     pub arch: gemma4::Arch,
     /// The model that the run started from: frozen tensors come from it, and the tokenizer's files are carried over.
     pub source: Option<PathBuf>,
+    /// Of several processes that save together, each gives in its snapshots what falls to it ([`Share::deal`]), process 0
+    /// everything that is not an array of a device besides.
+    pub share: Share,
 }
 
 /// The checkpoints of one run.

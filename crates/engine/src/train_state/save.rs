@@ -10,17 +10,21 @@ use checkpoint::write::{HfPlan, PlanOptions, PlannedFile, TensorPlan, write_file
 use fs_err as fs;
 use gemma4::hf::{CAUSAL_PREFIX, CONDITIONAL_PREFIX, config_json};
 use gemma4::param_table;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tensor::{DType, HostArray, ParamSpec, Shape};
 
 use super::frozen::Frozen;
-use super::record::{FORMAT, Record};
-use super::{Array, OPTIMIZER_FILE, ROWS, Snapshot, StateError, Store, TableSnapshot};
+use super::record::Record;
+use super::share::{self, Listed, Part, Share};
+use super::{Array, OPTIMIZER_FILE, ROWS, Snapshot, StateError, Store, TableSnapshot, check};
 use crate::convert::config::sidecars;
 use crate::forward::narrow;
 
 /// Largest weights file in bytes of data; a single larger tensor gets a file of its own.
 const SHARD: u64 = 4 << 30;
+
+/// Begins the names of files of which nothing is trained.
+const FROZEN: &str = "model-frozen";
 
 /// What a save did.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,16 +64,26 @@ impl Store {
     /// Writes a checkpoint, and then removes old ones. `progress` gets bytes written and bytes to write.
     ///
     /// A step that exists is replaced if it is of the same run (optimizer, keys, trained parameters, place in the data), or
-    /// damaged.
+    /// damaged. Of several processes ([`StoreOptions::share`](super::StoreOptions)) every one calls this; those other than 0 are
+    /// done when their own files are written.
     ///
     /// # Errors
     /// When the snapshot does not fit the architecture, the step exists and is of another run, frozen tensors are nowhere
-    /// to be found, space is short, or the file system refuses. Earlier checkpoints are then as they were.
+    /// to be found, space is short, another process does not do its part, or the file system refuses. Earlier checkpoints are then
+    /// as they were.
     pub fn save(&self, snapshot: &Snapshot, progress: &mut dyn FnMut(u64, u64)) -> Result<Saved, StateError> {
         let step = snapshot.state.step;
         let table = param_table(&self.options.arch);
-        check(snapshot, &table).map_err(|reason| StateError::Snapshot { step, reason })?;
+        let unfit = |reason| StateError::Snapshot { step, reason };
+        check::fits(snapshot, &table).map_err(unfit)?;
         let path = self.path(step);
+        if self.options.share.process > 0 {
+            return self.save_part(snapshot, &table, path, progress);
+        }
+        if self.options.share == Share::ALONE {
+            let (params, moments) = (check::given(snapshot), check::moments(snapshot));
+            check::complete(&snapshot.state, &snapshot.frozen, params, moments, &table).map_err(unfit)?;
+        }
         if path.is_dir()
             && let Ok(old) = Record::read(&path, step)
             && let Some(what) = old.differs(&snapshot.state)
@@ -77,16 +91,15 @@ impl Store {
             return Err(StateError::Exists { path, what });
         }
         let shapes: BTreeMap<&str, &Shape> = table.iter().map(|p| (p.name.as_str(), &p.shape)).collect();
-        let prefix = if self.options.conditional { CONDITIONAL_PREFIX } else { CAUSAL_PREFIX };
-        let frozen = self.find_frozen(&snapshot.frozen, &shapes, prefix)?;
-        let plan = Plan::new(snapshot, &table, &shapes, &frozen, prefix)?;
-        let extra = self.extra_files(plan.widest)?;
+        let frozen = self.find_frozen(&snapshot.frozen, &shapes, self.prefix())?;
+        let plan = Plan::new(snapshot, &table, &frozen, self.prefix(), self.options.share)?;
+        let extra = self.carried_over()?;
         let small: u64 = extra.iter().map(|(_, b)| b.len() as u64).sum();
-        // The index, the state and the manifest are small; the margin covers them.
+        // The configuration, the index, the state and the manifest are small; the margin covers them.
         check_space(&path, plan.bytes().saturating_add(small).saturating_add(16 << 20))?;
         fs::create_dir_all(&self.dir)?;
         let mut staged = StagedDir::create(&path, true)?;
-        let result = self.fill(staged.path(), snapshot, &plan, &frozen, &extra, progress);
+        let result = self.fill(staged.path(), snapshot, &plan, &frozen, extra, progress);
         let linked = match result {
             Ok(linked) => linked,
             Err(e) => {
@@ -102,6 +115,38 @@ impl Store {
         Ok(Saved { step, path, written: plan.data_bytes(), linked, removed, problems })
     }
 
+    /// Begins the names of the model's tensors.
+    fn prefix(&self) -> &'static str {
+        if self.options.conditional { CONDITIONAL_PREFIX } else { CAUSAL_PREFIX }
+    }
+
+    /// Writes what falls to a process other than 0 into the directory that process 0 has opened.
+    fn save_part(
+        &self,
+        snapshot: &Snapshot,
+        table: &[ParamSpec],
+        path: PathBuf,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Saved, StateError> {
+        let (step, share) = (snapshot.state.step, self.options.share);
+        let frozen = Frozen::default();
+        let plan = Plan::new(snapshot, table, &frozen, self.prefix(), share)?;
+        let dir = share::opened(&path, share, step)?;
+        let mut write = || -> Result<Part, StateError> {
+            check_space(&dir, plan.bytes())?;
+            self.write_arrays(&dir, step, &plan, &frozen, progress)
+        };
+        match write() {
+            Ok(part) => part.hand_in(&dir, share)?,
+            Err(e) => {
+                // Best effort: whoever launched the processes ends the others as well.
+                let _ = Part::failed(step, e.to_string()).hand_in(&dir, share);
+                return Err(e);
+            }
+        }
+        Ok(Saved { step, path, written: plan.data_bytes(), linked: 0, removed: Vec::new(), problems: Vec::new() })
+    }
+
     /// Writes everything into the staged directory; gives the bytes of linked files.
     fn fill(
         &self,
@@ -109,27 +154,76 @@ impl Store {
         snapshot: &Snapshot,
         plan: &Plan<'_>,
         frozen: &Frozen,
-        extra: &[(String, Vec<u8>)],
+        mut extra: Vec<(String, Vec<u8>)>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<u64, StateError> {
         self.reach("staged")?;
-        let total = plan.data_bytes();
-        let (mut files, mut done, mut linked) = (Vec::new(), 0, 0);
-        let mut map = BTreeMap::new();
-        let (mut elements, mut size) = (0, 0);
+        let (step, share) = (snapshot.state.step, self.options.share);
+        let (mut files, mut linked) = (Vec::new(), 0);
+        let mut weights = Vec::new();
         let links = plan.frozen.files.len() + 1;
         for (i, link) in frozen.linked.iter().enumerate() {
-            let name = format!("model-frozen-{:05}.safetensors", links + i);
+            let name = share.file(FROZEN, links + i);
             let (file, hard) = link.place(dir, &name)?;
             linked += if hard { file.bytes } else { 0 };
             files.push(file);
-            for (tensor, n, bytes) in &link.tensors {
-                map.insert(tensor.clone(), json!(name));
-                elements += n;
-                size += bytes;
-            }
+            weights.extend(link.tensors.iter().map(|(tensor, elements, bytes)| Listed {
+                name: tensor.clone(),
+                file: name.clone(),
+                elements: *elements,
+                bytes: *bytes,
+                element: link.widest.map_or(0, DType::size),
+            }));
         }
         self.reach("linked")?;
+        let mut whole = self.write_arrays(dir, step, plan, frozen, progress)?;
+        files.append(&mut whole.files);
+        if share != Share::ALONE {
+            for process in 1..share.count {
+                let part = Part::collect(dir, process, step)?;
+                files.extend(part.files);
+                whole.weights.extend(part.weights);
+                whole.moments.extend(part.moments);
+            }
+            // What is copied from elsewhere is named as frozen.
+            let copied: BTreeSet<&str> = frozen.copied.iter().map(|(n, _)| n.as_str()).collect();
+            let names = whole.weights.iter().filter_map(|w| w.name.strip_prefix(self.prefix()));
+            let (params, moments) = (names.filter(|n| !copied.contains(n)), whole.moments.iter().map(String::as_str));
+            let table = param_table(&self.options.arch);
+            check::complete(&snapshot.state, &snapshot.frozen, params, moments, &table)
+                .map_err(|reason| StateError::Snapshot { step, reason })?;
+        }
+        weights.append(&mut whole.weights);
+        let elements: u64 = weights.iter().map(|w| w.elements).sum();
+        let size: u64 = weights.iter().map(|w| w.bytes).sum();
+        // The files' kinds only matter to whoever reads the configuration: the tensors tell for themselves.
+        let widest = Part { weights: weights.clone(), ..Part::default() }.widest();
+        let map: BTreeMap<String, Value> = weights.into_iter().map(|w| (w.name, json!(w.file))).collect();
+        let index = json!({"metadata": {"total_parameters": elements, "total_size": size}, "weight_map": map});
+        let config = config_json(&self.options.arch, self.options.conditional, widest.name());
+        extra.push((INDEX_FILE.to_owned(), format!("{index:#}\n").into_bytes()));
+        extra.push((CONFIG_FILE.to_owned(), format!("{config:#}\n").into_bytes()));
+        for (name, bytes) in &extra {
+            fs::write(dir.join(name), bytes)?;
+            files.push(ManifestFile::of_bytes(name, bytes));
+        }
+        self.reach("files")?;
+        Record { state: snapshot.state.clone(), frozen: plan.untrained.clone(), files }.write(dir)?;
+        self.reach("record")?;
+        Ok(linked)
+    }
+
+    /// Writes the planned files.
+    fn write_arrays(
+        &self,
+        dir: &Path,
+        step: u64,
+        plan: &Plan<'_>,
+        frozen: &Frozen,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Part, StateError> {
+        let (total, mut done) = (plan.data_bytes(), 0);
+        let mut part = Part { step, ..Part::default() };
         for (group, weights) in [(&plan.trained, true), (&plan.frozen, true), (&plan.moments, false)] {
             for file in &group.files {
                 let written = write_file(
@@ -149,37 +243,34 @@ impl Store {
                     },
                     &mut |n| progress(done + n, total),
                 )?;
-                files.push(written);
+                part.files.push(written);
                 done += file.tensors.iter().map(|t| t.bytes).sum::<u64>();
-                for t in file.tensors.iter().filter(|_| weights) {
-                    map.insert(t.tensor.name.clone(), json!(file.name));
-                    elements += t.tensor.shape.elements() as u64;
-                    size += t.bytes;
+                for t in &file.tensors {
+                    let TensorPlan { name, dtype, shape } = &t.tensor;
+                    if weights {
+                        let (file, elements) = (file.name.clone(), shape.elements() as u64);
+                        part.weights.push(Listed {
+                            name: name.clone(),
+                            file,
+                            elements,
+                            bytes: t.bytes,
+                            element: dtype.size(),
+                        });
+                    } else if !name.starts_with(ROWS) {
+                        part.moments.push(name.clone());
+                    }
                 }
                 self.reach(if weights { "weights" } else { "moments" })?;
             }
         }
-        let map: Map<String, Value> = map.into_iter().collect();
-        let index = json!({"metadata": {"total_parameters": elements, "total_size": size}, "weight_map": map});
-        let index = (INDEX_FILE.to_owned(), format!("{index:#}\n").into_bytes());
-        for (name, bytes) in std::iter::once(&index).chain(extra) {
-            fs::write(dir.join(name), bytes)?;
-            files.push(ManifestFile::of_bytes(name, bytes));
-        }
-        self.reach("files")?;
-        Record { state: snapshot.state.clone(), frozen: plan.untrained.clone(), files }.write(dir)?;
-        self.reach("record")?;
-        Ok(linked)
+        Ok(part)
     }
 
-    /// The configuration, and what is carried over from the source or, when that is gone, from an earlier checkpoint.
-    fn extra_files(&self, widest: DType) -> Result<Vec<(String, Vec<u8>)>, StateError> {
-        let config = config_json(&self.options.arch, self.options.conditional, widest.name());
-        let mut out = vec![(CONFIG_FILE.to_owned(), format!("{config:#}\n").into_bytes())];
+    /// What is carried over from the source or, when that is gone, from an earlier checkpoint.
+    fn carried_over(&self) -> Result<Vec<(String, Vec<u8>)>, StateError> {
         let mut from: Vec<PathBuf> = self.options.source.iter().cloned().collect();
         from.extend(self.complete().next().map(|(s, _)| self.path(s)));
-        out.extend(sidecars(&from, false).map_err(|e| StateError::Source(Box::new(e)))?);
-        Ok(out)
+        sidecars(&from, false).map_err(|e| StateError::Source(Box::new(e)))
     }
 }
 
@@ -235,21 +326,20 @@ struct Plan<'s> {
     moments: Group<'s>,
     /// Names without moments.
     untrained: Vec<String>,
-    widest: DType,
 }
 
 impl<'s> Plan<'s> {
     fn new(
         snapshot: &'s Snapshot,
         table: &[ParamSpec],
-        shapes: &BTreeMap<&str, &Shape>,
         sources: &'s Frozen,
         prefix: &str,
+        share: Share,
     ) -> Result<Self, StateError> {
+        let shapes: BTreeMap<&str, &Shape> = table.iter().map(|p| (p.name.as_str(), &p.shape)).collect();
         let trained: BTreeSet<&str> = snapshot.state.trained.iter().map(String::as_str).collect();
         let given: BTreeMap<&str, &Array> = snapshot.params.iter().map(|a| (a.name.as_str(), a)).collect();
         let copied: BTreeMap<&str, usize> = sources.copied.iter().map(|(n, m)| (n.as_str(), *m)).collect();
-        let mut wide = sources.linked.iter().filter_map(|l| l.widest).collect::<Vec<_>>();
         let (mut ours, mut others) = ((Vec::new(), Vec::new()), (Vec::new(), Vec::new()));
         // The order of the table, so that equal snapshots give equal files.
         for spec in table {
@@ -263,10 +353,9 @@ impl<'s> Plan<'s> {
                 let dtype = dtype.map_err(|e| StateError::Source(Box::new(e)))?;
                 (dtype.unwrap_or(DType::BF16), Bytes::Model(model, key))
             } else {
-                // It lies in a file that is linked.
+                // It lies in a file that is linked, or another process writes it.
                 continue;
             };
-            wide.push(dtype);
             let plan = TensorPlan { name: format!("{prefix}{name}"), dtype, shape: spec.shape.clone() };
             let to = if trained.contains(name) { &mut ours } else { &mut others };
             to.0.push(plan);
@@ -289,12 +378,15 @@ impl<'s> Plan<'s> {
             moments.1.push(Bytes::Rows(&t.rows));
         }
         let untrained = table.iter().map(|p| &p.name).filter(|n| !trained.contains(n.as_str())).cloned().collect();
+        let file = |kind: &'static str| move |i: usize| share.file(kind, i + 1);
         Ok(Plan {
-            trained: Group::new(ours, Some(SHARD), |i| format!("model-trained-{:05}.safetensors", i + 1))?,
-            frozen: Group::new(others, Some(SHARD), |i| format!("model-frozen-{:05}.safetensors", i + 1))?,
-            moments: Group::all(moments, OPTIMIZER_FILE)?,
+            trained: Group::new(ours, Some(SHARD), file("model-trained"))?,
+            frozen: Group::new(others, Some(SHARD), file(FROZEN))?,
+            moments: match share.process {
+                0 => Group::all(moments, OPTIMIZER_FILE)?,
+                _ => Group::new(moments, None, file("optimizer"))?,
+            },
             untrained,
-            widest: wide.into_iter().max_by_key(|d| d.size()).unwrap_or(DType::BF16),
         })
     }
 
@@ -337,108 +429,4 @@ impl<'s> Group<'s> {
         }
         Ok(Group { files, bytes })
     }
-}
-
-/// Whether a snapshot is one of this architecture. The error is a clause.
-fn check(snapshot: &Snapshot, table: &[ParamSpec]) -> Result<(), String> {
-    let state = &snapshot.state;
-    if state.format != FORMAT {
-        return Err(format!("its format is {}, this version writes {FORMAT}", state.format));
-    }
-    let shapes: BTreeMap<&str, &Shape> = table.iter().map(|p| (p.name.as_str(), &p.shape)).collect();
-    let mut given = BTreeSet::new();
-    for a in &snapshot.params {
-        let shape = shapes.get(a.name.as_str()).ok_or_else(|| format!("{} is no parameter of the model", a.name))?;
-        array_fits(a, shape)?;
-        if !given.insert(a.name.as_str()) {
-            return Err(format!("parameter {} is given twice", a.name));
-        }
-    }
-    let mut moments: Vec<&str> = snapshot.moments.iter().map(|a| a.name.as_str()).collect();
-    if let Some(t) = &snapshot.table {
-        let shape = shapes.get(t.name.as_str()).ok_or_else(|| format!("{} is no parameter of the model", t.name))?;
-        table_fits(t, shape)?;
-        if !given.insert(t.name.as_str()) {
-            return Err(format!("parameter {} is given twice", t.name));
-        }
-        moments.extend(t.moments.iter().map(|(n, _)| n.as_str()));
-    }
-    let mut rest: BTreeSet<&str> = shapes.keys().copied().filter(|n| !given.contains(n)).collect();
-    for name in &snapshot.frozen {
-        if !rest.remove(name.as_str()) {
-            return Err(format!("frozen parameter {name} is given as well, named twice, or no parameter of the model"));
-        }
-    }
-    if let Some(name) = rest.first() {
-        return Err(format!("parameter {name} is neither given nor named as frozen ({} in all)", rest.len()));
-    }
-    if let Some(name) = state.trained.iter().find(|n| !given.contains(n.as_str())) {
-        return Err(format!("{name} is trained, but not given"));
-    }
-    let trained: BTreeSet<&str> = state.trained.iter().map(String::as_str).collect();
-    if trained.len() != state.trained.len() {
-        return Err("a trained parameter is named twice".to_owned());
-    }
-    check_moments(&state.optimizer, &trained, &moments)?;
-    for a in &snapshot.moments {
-        if let Some(shape) = a.name.split_once(':').and_then(|(_, n)| shapes.get(n)) {
-            array_fits(a, shape)?;
-        }
-    }
-    Ok(())
-}
-
-/// Whether a table has the model's shape, and its parts as many rows as are named. The error is a clause.
-fn table_fits(t: &TableSnapshot, shape: &Shape) -> Result<(), String> {
-    let fits = shape.dims() == [t.base.rows(), t.base.columns()];
-    let part: Shape = [t.rows.len(), t.base.columns()].into();
-    let parts = std::iter::once(&t.weights).chain(t.moments.iter().map(|(_, m)| m));
-    let floats = |a: &HostArray| *a.shape() == part && matches!(a.dtype(), DType::BF16 | DType::F32);
-    if !fits || !parts.into_iter().all(floats) {
-        return Err(format!("{}: its rows do not fit {shape}", t.name));
-    }
-    check_rows(&t.rows, t.base.rows()).map_err(|reason| format!("{}: {reason}", t.name))
-}
-
-/// Whether rows are different ones of a table of `n`, in order. The error is a clause.
-pub(super) fn check_rows(rows: &[i32], n: usize) -> Result<(), String> {
-    let known = |r: &i32| usize::try_from(*r).is_ok_and(|r| r < n);
-    if rows.is_empty() || !rows.iter().all(known) || !rows.windows(2).all(|w| w[0] < w[1]) {
-        return Err(format!("its changed rows are not numbered in ascending order within {n}"));
-    }
-    Ok(())
-}
-
-fn array_fits(a: &Array, shape: &Shape) -> Result<(), String> {
-    if a.data.shape() != shape {
-        return Err(format!("{} has the shape {} instead of {shape}", a.name, a.data.shape()));
-    }
-    if !matches!(a.data.dtype(), DType::BF16 | DType::F32) {
-        return Err(format!("{} is {}; checkpoints hold bfloat16 and float32", a.name, a.data.dtype()));
-    }
-    Ok(())
-}
-
-/// Whether moments are those of exactly the trained parameters. The error is a clause.
-pub(super) fn check_moments(optimizer: &str, trained: &BTreeSet<&str>, names: &[&str]) -> Result<(), String> {
-    let mut kinds: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
-    if optimizer.starts_with("adam") {
-        kinds.extend([("mu", BTreeSet::new()), ("nu", BTreeSet::new())]);
-    }
-    for name in names {
-        let split = name.split_once(':').filter(|(kind, _)| matches!(*kind, "mu" | "nu"));
-        let (kind, param) = split.ok_or_else(|| format!("moment {name} is named neither mu:NAME nor nu:NAME"))?;
-        if !trained.contains(param) {
-            return Err(format!("moment {name} is of a parameter that is not trained"));
-        }
-        if !kinds.entry(kind).or_default().insert(param) {
-            return Err(format!("moment {name} is there twice"));
-        }
-    }
-    for (kind, there) in &kinds {
-        if let Some(name) = trained.iter().find(|n| !there.contains(*n)) {
-            return Err(format!("moment {kind}:{name} is missing (of {} trained parameters)", trained.len()));
-        }
-    }
-    Ok(())
 }

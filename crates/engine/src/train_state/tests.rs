@@ -76,8 +76,18 @@ impl Case {
         self.try_store(keep, Some(self.source())).unwrap()
     }
 
+    /// One of several processes.
+    fn shared(&self, process: usize, count: usize) -> Store {
+        let share = Share { process, count };
+        let source = Some(self.source());
+        Store::open(&self.dir(), StoreOptions { keep: None, conditional: true, arch: arch(), source, share }).unwrap()
+    }
+
     fn try_store(&self, keep: Option<usize>, source: Option<PathBuf>) -> Result<Store, StateError> {
-        Store::open(&self.dir(), StoreOptions { keep, conditional: self.conditional, arch: arch(), source })
+        Store::open(
+            &self.dir(),
+            StoreOptions { keep, conditional: self.conditional, arch: arch(), source, share: Share::ALONE },
+        )
     }
 }
 
@@ -363,7 +373,13 @@ fn another_architecture_and_format_are_refused() {
     save(&store, &snapshot(1, false, is_trained));
     let mut spec = arch().spec().clone();
     spec.sliding_window = 9;
-    let options = StoreOptions { keep: None, conditional: true, arch: Arch::new(spec).unwrap(), source: None };
+    let options = StoreOptions {
+        keep: None,
+        conditional: true,
+        arch: Arch::new(spec).unwrap(),
+        source: None,
+        share: Share::ALONE,
+    };
     let other = Store::open(&case.dir(), options).unwrap();
     let error = other.load(1).map(|_| ()).unwrap_err().to_string();
     assert!(error.contains("config.json describes another architecture"), "{error}");
@@ -540,4 +556,82 @@ fn errors_of_a_thread_come_with_the_next_call() {
     drop(saver);
     assert_eq!(store.steps(), [1, 2, 4, 5]);
     store.load(5).unwrap();
+}
+
+/// What falls to one of `count` processes of a snapshot.
+fn part_of(s: &Snapshot, process: usize, count: usize) -> Snapshot {
+    let sizes: Vec<u64> = s.params.iter().map(|a| a.data.bytes().len() as u64).collect();
+    let owners = Share { process, count }.deal(&sizes);
+    let mine: std::collections::BTreeSet<&str> =
+        s.params.iter().zip(owners).filter(|(_, o)| *o == process).map(|(a, _)| a.name.as_str()).collect();
+    let mut part = s.clone();
+    part.params.retain(|a| mine.contains(a.name.as_str()));
+    part.moments.retain(|a| mine.contains(a.name.split_once(':').unwrap().1));
+    part
+}
+
+/// Three processes save parts of a snapshot; results in their order.
+fn save_together(case: &Case, parts: &[Snapshot]) -> Vec<Result<Saved, StateError>> {
+    // Opening clears leftovers, so that all open before any saves.
+    let stores: Vec<Store> = (0..parts.len()).map(|p| case.shared(p, parts.len())).collect();
+    std::thread::scope(|scope| {
+        let save = |(store, part): (&Store, &Snapshot)| store.save(part, &mut |_, _| {});
+        let running: Vec<_> = stores.iter().zip(parts).map(|pair| scope.spawn(move || save(pair))).collect();
+        running.into_iter().map(|t| t.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn several_processes_write_one_checkpoint() {
+    let case = Case::new();
+    for (step, all) in [(1, false), (2, true), (3, false)] {
+        let s = snapshot(step, all, is_trained);
+        let parts: Vec<Snapshot> = (0..3).map(|p| part_of(&s, p, 3)).collect();
+        assert!(parts.iter().all(|p| !p.params.is_empty() && p.params.len() < s.params.len()));
+        for saved in save_together(&case, &parts) {
+            assert!(saved.unwrap().written > 0);
+        }
+        let store = case.store(None);
+        let listed = names(&store.path(step));
+        for file in ["model-trained-p00001-00001.safetensors", "optimizer-p00002-00001.safetensors"] {
+            assert!(listed.iter().any(|n| n == file), "{listed:?}");
+        }
+        assert!(!listed.iter().any(|n| n.contains("part")), "{listed:?}");
+        // From the newest complete checkpoint where there is one.
+        let frozen = Model::open(&if step == 3 { store.path(2) } else { case.source() }).unwrap();
+        holds(&store.load(step).unwrap(), &s, &frozen);
+        checkpoint::manifest::Manifest::read(&store.path(step)).unwrap().unwrap().verify(&store.path(step)).unwrap();
+    }
+    // One process goes on alone from what they wrote, and links to all that is frozen.
+    let store = case.store(None);
+    let saved = save(&store, &snapshot(4, false, is_trained));
+    assert!(saved.linked > 0);
+    assert_eq!(frozen_files(&store.path(4)), frozen_files(&store.path(3)));
+}
+
+#[test]
+fn a_part_that_is_missing_stops_the_commit() {
+    let case = Case::new();
+    let s = snapshot(1, false, is_trained);
+    let good: Vec<Snapshot> = (0..2).map(|p| part_of(&s, p, 2)).collect();
+    let refused = |parts: &[Snapshot], word: &str| {
+        let error = save_together(&case, parts).remove(0).unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+        assert_eq!(case.store(None).steps(), [0u64; 0]);
+        assert!(names(&case.dir()).is_empty());
+    };
+    let mut parts = good.clone();
+    let lost = parts[1].params.pop().unwrap();
+    refused(&parts, "is neither given nor named as frozen");
+    parts[0].params.push(lost);
+    parts[1].moments.pop();
+    refused(&parts, "is missing (of");
+    let mut parts = good.clone();
+    let twice = parts[0].params[0].clone();
+    parts[1].params.push(twice);
+    refused(&parts, "is given twice");
+    for saved in save_together(&case, &good) {
+        saved.unwrap();
+    }
+    holds(&case.store(None).load(1).unwrap(), &s, &Model::open(&case.source()).unwrap());
 }
