@@ -80,6 +80,12 @@ impl Mesh {
         }
     }
 
+    /// Slices that the `dcn` axes ask for: what is left to an axis counts as one.
+    #[must_use]
+    pub fn slices(&self) -> usize {
+        self.dcn.iter().map(|&n| usize::try_from(n).unwrap_or(1).max(1)).fold(1, usize::saturating_mul)
+    }
+
     /// How many devices the axes ask for: what is left to an axis counts as one.
     #[must_use]
     pub fn wanted(&self) -> usize {

@@ -251,8 +251,9 @@ impl<'r> Session<'r> {
         let sharding = Sharding::replicated(shape.rank());
         match mesh.devices() {
             1 => {
-                let buffer = self.runtime.client().buffer_from_owned(host, 0)?.0;
-                Sharded::new(dtype, shape, sharding, vec![buffer], mesh)
+                let client = self.runtime.client();
+                let buffer = client.buffer_from_owned(host, 0)?.0;
+                Sharded::new(client, mesh, (dtype, &shape), sharding, vec![buffer])
             }
             _ => Sharded::from_host(self.runtime.client(), mesh, &host, &sharding),
         }
@@ -356,7 +357,8 @@ fn place_on(
     let sharding = sharding_of(layout, p);
     if mesh.devices() == 1 {
         let (buffer, placement) = place(runtime, model, &p.name, dtype)?;
-        let array = Sharded::new(buffer.dtype(), p.shape.clone(), sharding, vec![buffer], &mesh)?;
+        let what = (buffer.dtype(), &p.shape);
+        let array = Sharded::new(runtime.client(), &mesh, what, sharding, vec![buffer])?;
         return Ok((array, placement));
     }
     let client = runtime.client();

@@ -6,12 +6,28 @@ use std::time::{Duration, Instant};
 
 use graph::Program;
 use pjrt::plugins::{LocateOptions, Located, locate};
-use pjrt::{Client, ClientOptions, CompileOptions, Executable, ExecutableCache, Lookup, Plugin};
+use pjrt::{Client, ClientOptions, CompileOptions, Executable, ExecutableCache, Lookup, NamedValue, Plugin};
 use tensor::DType;
 
-use crate::Result;
+use crate::hosts::Control;
+use crate::hosts::peers::Peers as _;
+use crate::{EngineError, Result};
 
 const CPU: &str = "cpu";
+
+const ALONE: &str = "CPUs of several processes form no mesh: their plugin has no collectives between processes. Start the \
+                     processes with mpirun, with a build that has the feature `mpi`";
+
+/// Who this process is, as GPU plugins want to know it; TPUs find each other by themselves.
+fn shared_options(platform: &str, control: &Control) -> ClientOptions {
+    let number = |n: usize| NamedValue::Int64(i64::try_from(n).unwrap_or(i64::MAX));
+    match platform.starts_with("tpu") {
+        true => ClientOptions::default(),
+        false => {
+            ClientOptions::default().with("node_id", number(control.rank())).with("num_nodes", number(control.count()))
+        }
+    }
+}
 
 /// How to start a [`Runtime`].
 #[derive(Default)]
@@ -26,6 +42,8 @@ pub struct RuntimeOptions<'a> {
     pub cpu_devices: usize,
     /// Compile every program anew.
     pub no_cache: bool,
+    /// Other processes whose devices form one mesh with this one's.
+    pub processes: Option<&'a Control>,
     /// Told what is going on before each step that takes a while.
     pub progress: Option<&'a dyn Fn(&str)>,
 }
@@ -78,12 +96,13 @@ impl Runtime {
             },
         )?;
         let plugin = Plugin::load(&located.path)?;
-        // Plugins refuse options that they do not know; other platforms count the devices there are.
-        let client_options = match platform {
-            CPU => ClientOptions::cpu(options.cpu_devices.max(1)),
-            _ => ClientOptions::default(),
+        let client = match options.processes {
+            Some(_) if platform == CPU => return Err(EngineError::Input(ALONE.into())),
+            Some(control) => Client::with_store(&plugin, &shared_options(platform, control), control.store())?,
+            // Plugins refuse options that they do not know; other platforms count the devices there are.
+            None if platform == CPU => Client::new(&plugin, &ClientOptions::cpu(options.cpu_devices.max(1)))?,
+            None => Client::new(&plugin, &ClientOptions::default())?,
         };
-        let client = Client::new(&plugin, &client_options)?;
         let cache = match options.no_cache {
             true => None,
             // A cache that cannot be made costs time, not correctness.

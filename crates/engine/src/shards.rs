@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use graph::{Mesh, Sharding};
+use graph::{Graph, InputOptions, Mesh, OutputOptions, Program, Sharding};
 use pjrt::{Buffer, Client, Executable};
 use tensor::{DType, HostArray, Shape};
 
@@ -86,29 +86,40 @@ pub fn paste(whole: &mut HostArray, bounds: &[Range<usize>], part: &HostArray) -
     runs(&shape, bounds, element, |to, from| out[to].copy_from_slice(&part.bytes()[from]))
 }
 
-/// An array on all devices of a mesh, or whole on one device: one buffer a device, in the order of a program's devices.
+/// An array on all devices of a mesh, or whole on one device: one buffer for each of them that this process has, in the order of a
+/// program's devices.
 #[derive(Debug)]
 pub struct Sharded {
     dtype: DType,
     shape: Shape,
     sharding: Sharding,
     parts: Vec<Buffer>,
+    /// Which device of the mesh each part lies on.
+    at: Vec<usize>,
 }
 
 impl Sharded {
     /// Takes over the parts that a program gave.
     ///
     /// # Errors
-    /// When there is not one for each device.
-    pub fn new(dtype: DType, shape: Shape, sharding: Sharding, parts: Vec<Buffer>, mesh: &Mesh) -> Result<Self> {
-        if parts.len() != mesh.devices() {
-            return Err(EngineError::Input(format!("{} parts for {} devices", parts.len(), mesh.devices())));
+    /// When there is not one for each device that this process has.
+    pub fn new(
+        client: &Client,
+        mesh: &Mesh,
+        (dtype, shape): (DType, &Shape),
+        sharding: Sharding,
+        parts: Vec<Buffer>,
+    ) -> Result<Self> {
+        let places = client.places(mesh.devices());
+        let at: Vec<usize> = (0..places.len()).filter(|&d| places[d].is_some()).collect();
+        if parts.len() != at.len() {
+            return Err(EngineError::Input(format!("{} parts for {} devices", parts.len(), at.len())));
         }
-        Ok(Sharded { dtype, shape, sharding, parts })
+        Ok(Sharded { dtype, shape: shape.clone(), sharding, parts, at })
     }
 
-    /// Makes one part after the other and puts it on every device that holds it. `part` is asked for the part within bounds, once
-    /// for each different part.
+    /// Makes one part after the other and puts it on every device of this process that holds it. `part` is asked for the part
+    /// within bounds, once for each different part of those that [`own_parts`] tells.
     ///
     /// # Errors
     /// When the sharding does not fit, `part` fails, or the device refuses.
@@ -120,8 +131,8 @@ impl Sharded {
         memory: Memory,
         part: &mut Cut<'_, E>,
     ) -> std::result::Result<Self, E> {
-        let mut parts: Vec<Option<Buffer>> = (0..mesh.devices()).map(|_| None).collect();
-        for Part { bounds, devices } in parts_of(mesh, shape, sharding)? {
+        let mut parts: Vec<Option<Buffer>> = (0..client.devices().len()).map(|_| None).collect();
+        for Part { bounds, devices } in own_parts(client, mesh, shape, sharding)? {
             let host = part(&bounds)?;
             if host.dtype() != dtype || *host.shape() != shape_of(&bounds) {
                 return Err(EngineError::Input(format!("a part is {}{}", host.dtype(), host.shape())).into());
@@ -137,8 +148,9 @@ impl Sharded {
                 parts[device] = Some(client.buffer_from_owned(host, device).map_err(EngineError::from)?.0);
             }
         }
-        let parts = parts.into_iter().flatten().collect();
-        Ok(Sharded { dtype, shape: shape.clone(), sharding: sharding.clone(), parts })
+        let local = client.places(mesh.devices()).into_iter().flatten();
+        let parts = local.filter_map(|device| parts.get_mut(device).and_then(Option::take)).collect();
+        Ok(Self::new(client, mesh, (dtype, shape), sharding.clone(), parts)?)
     }
 
     /// Cuts a host array and copies every part to its device.
@@ -149,7 +161,7 @@ impl Sharded {
         let what = (host.dtype(), host.shape());
         if mesh.devices() == 1 {
             let parts = vec![client.buffer_from_host(host, 0)?];
-            return Self::new(what.0, what.1.clone(), sharding.clone(), parts, mesh);
+            return Self::new(client, mesh, what, sharding.clone(), parts);
         }
         Self::place(client, mesh, what, sharding, Memory::Device, &mut |b| {
             cut(host.bytes(), host.dtype(), host.shape(), b)
@@ -168,7 +180,7 @@ impl Sharded {
         &self.shape
     }
 
-    /// Bytes on all devices together.
+    /// Bytes on all devices of this process together.
     #[must_use]
     pub fn size_in_bytes(&self) -> usize {
         self.parts.iter().map(Buffer::size_in_bytes).sum()
@@ -198,22 +210,46 @@ impl Sharded {
         self.parts.get(device)
     }
 
+    /// Whether this process has all of it.
+    ///
+    /// # Errors
+    /// When the sharding does not fit.
+    pub fn is_here(&self, mesh: &Mesh) -> Result<bool> {
+        let parts = parts_of(mesh, &self.shape, &self.sharding)?;
+        Ok(parts.iter().all(|p| p.devices.iter().any(|d| self.at.contains(d))))
+    }
+
     /// Puts the whole together on the host. Every part is read once, from the first device that holds it.
     ///
     /// # Errors
-    /// When a buffer is gone, its program failed, or memory is short.
+    /// When a part lies with another process, a buffer is gone, its program failed, or memory is short.
     pub fn to_host(&self, mesh: &Mesh) -> Result<HostArray> {
-        if let [only] = &self.parts[..] {
+        if let ([only], 1) = (&self.parts[..], mesh.devices()) {
             return Ok(only.to_host()?);
         }
         let mut whole = HostArray::zeros(self.dtype, self.shape.clone())?;
         for Part { bounds, devices } in parts_of(mesh, &self.shape, &self.sharding)? {
-            let buffer = devices.first().and_then(|&d| self.parts.get(d));
-            let buffer = buffer.ok_or_else(|| EngineError::Input("a part is missing".into()))?;
+            let buffer = self.at.iter().position(|d| devices.contains(d)).and_then(|i| self.parts.get(i));
+            let buffer = buffer.ok_or_else(|| EngineError::Input("a part lies with another process".into()))?;
             paste(&mut whole, &bounds, &buffer.to_host()?)?;
         }
         Ok(whole)
     }
+}
+
+/// The program that puts an array whole on every device of its mesh. Every process must run it.
+///
+/// # Errors
+/// When the sharding does not fit.
+pub fn gather_program(array: &Sharded, mesh: &Mesh) -> Result<Program> {
+    let g = Graph::new("gather");
+    let axes: Vec<(&str, usize)> = mesh.axes().iter().map(|(name, n)| (name.as_str(), *n)).collect();
+    g.set_mesh(&axes)?;
+    let lies = InputOptions { sharding: Some(array.sharding.clone()), ..InputOptions::default() };
+    let value = g.input_with("array", array.dtype, array.shape.clone(), lies)?;
+    let whole = Sharding::replicated(array.shape.rank());
+    g.output_with("whole", value, OutputOptions { sharding: Some(whole), ..OutputOptions::default() })?;
+    Ok(g.finish()?)
 }
 
 /// A part of an array and the devices that hold it.
@@ -241,14 +277,32 @@ pub fn parts_of(mesh: &Mesh, shape: &Shape, sharding: &Sharding) -> Result<Vec<P
     Ok(parts)
 }
 
+/// The parts that devices of this process hold, in the order of [`parts_of`]; devices are positions in
+/// [`Client::devices`].
+///
+/// # Errors
+/// When the sharding does not fit the array.
+pub fn own_parts(client: &Client, mesh: &Mesh, shape: &Shape, sharding: &Sharding) -> Result<Vec<Part>> {
+    Ok(keep_local(parts_of(mesh, shape, sharding)?, &client.places(mesh.devices())))
+}
+
+fn keep_local(mut parts: Vec<Part>, places: &[Option<usize>]) -> Vec<Part> {
+    for part in &mut parts {
+        part.devices = part.devices.iter().filter_map(|&d| places.get(d).copied().flatten()).collect();
+    }
+    parts.retain(|p| !p.devices.is_empty());
+    parts
+}
+
 /// Runs a program on arrays that lie as it wants them; results by position, one buffer a device.
 ///
 /// # Errors
 /// When an array lacks a part, the arguments do not fit, or the plugin refuses.
 pub fn execute(executable: &Executable, arguments: &[&Sharded]) -> Result<Vec<Vec<Buffer>>> {
     let mut lists: Vec<Vec<&Buffer>> = Vec::with_capacity(executable.devices().len());
-    for device in 0..executable.devices().len() {
-        let parts: Vec<&Buffer> = arguments.iter().filter_map(|a| a.parts.get(device)).collect();
+    for &device in executable.devices() {
+        let parts: Vec<&Buffer> =
+            arguments.iter().filter_map(|a| a.parts.iter().find(|b| b.device() == device)).collect();
         if parts.len() != arguments.len() {
             let message = "an argument lies on fewer devices than the program runs on";
             return Err(EngineError::Input(message.into()));
@@ -256,10 +310,14 @@ pub fn execute(executable: &Executable, arguments: &[&Sharded]) -> Result<Vec<Ve
         lists.push(parts);
     }
     let results = executable.execute_sharded(&lists)?;
-    let count = results.first().map_or(0, Vec::len);
-    let mut by_result: Vec<Vec<Buffer>> = (0..count).map(|_| Vec::with_capacity(results.len())).collect();
-    for device in results {
-        for (list, buffer) in by_result.iter_mut().zip(device) {
+    let mut devices: Vec<(usize, Vec<Buffer>)> = executable.devices().iter().copied().zip(results).collect();
+    // In the order of the mesh, as parts are, whatever the plugin's is.
+    let parts = arguments.first().map_or(&[][..], |a| &a.parts);
+    devices.sort_by_key(|(device, _)| parts.iter().position(|b| b.device() == *device));
+    let count = devices.first().map_or(0, |(_, results)| results.len());
+    let mut by_result: Vec<Vec<Buffer>> = (0..count).map(|_| Vec::with_capacity(devices.len())).collect();
+    for (_, results) in devices {
+        for (list, buffer) in by_result.iter_mut().zip(results) {
             list.push(buffer);
         }
     }
@@ -269,6 +327,21 @@ pub fn execute(executable: &Executable, arguments: &[&Sharded]) -> Result<Vec<Ve
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Four devices, of which this process has the second and the fourth.
+    #[test]
+    fn a_process_makes_what_its_own_devices_hold() {
+        let mesh = Mesh::new(&[("a", 2), ("b", 2)]).unwrap();
+        let shape = Shape::from([4, 6]);
+        let places = [None, Some(0), None, Some(1)];
+        let own = |axes: &[&[&str]]| keep_local(parts_of(&mesh, &shape, &Sharding::new(axes)).unwrap(), &places);
+        let part =
+            |bounds: [Range<usize>; 2], devices: &[usize]| Part { bounds: bounds.to_vec(), devices: devices.to_vec() };
+        assert_eq!(own(&[&["a"], &["b"]]), [part([0..2, 3..6], &[0]), part([2..4, 3..6], &[1])]);
+        assert_eq!(own(&[&["b"], &[]]), [part([2..4, 0..6], &[0, 1])]);
+        assert_eq!(own(&[&[], &["a"]]), [part([0..4, 0..3], &[0]), part([0..4, 3..6], &[1])]);
+        assert_eq!(own(&[&[], &[]]), [part([0..4, 0..6], &[0, 1])]);
+    }
 
     #[test]
     fn parts_put_together_are_the_whole() {

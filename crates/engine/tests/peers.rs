@@ -7,8 +7,9 @@ use std::sync::{Arc, Barrier, Mutex};
 
 use config::Sources;
 use lapidary_engine::hosts::peers::{Peers, PeersError};
+use lapidary_engine::hosts::{Control, Identity, Origin};
 use lapidary_engine::train::{Event, TrainOptions, train};
-use lapidary_engine::{Runtime, RuntimeOptions};
+use lapidary_engine::{Model, Runtime, RuntimeOptions};
 
 /// Sums in shared memory, in the order of ranks.
 #[derive(Debug)]
@@ -92,11 +93,42 @@ fn two_share_a_batch_and_go_on_from_one_checkpoint() {
     let alone = losses(&dir.path().join("alone"), 4, 4, None);
     let shared_dir = dir.path().join("two");
     let mut two = shared_losses(&shared_dir, 2, 2, 2);
-    // Started again with more steps: both read the checkpoint that process 0 wrote.
+    // Started again with more steps: both read the checkpoint that they wrote together.
     two.extend(shared_losses(&shared_dir, 2, 2, 4));
     assert_eq!((alone.len(), two.len()), (4, 4));
     for (a, b) in alone.iter().zip(&two) {
         assert!((a - b).abs() <= 1e-5 * a.abs(), "{alone:?} {two:?}");
     }
     assert!(shared_dir.join("shared/process_1").is_dir());
+}
+
+/// Processes of one mesh meet at a store and write one checkpoint. Their devices here are those of one process each, so that both
+/// run the whole of every step; what programs say to each other over links is not in this test.
+#[test]
+fn processes_of_one_mesh_agree_and_save_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let alone = losses(&dir.path().join("alone"), 4, 4, None);
+    let shared_dir = dir.path().join("two");
+    let run = |steps: usize| {
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let one = |process: usize| {
+            let identity = Identity { process, count: 2, coordinator: Some(address.clone()), origin: Origin::Flags };
+            let control = Control::start(&identity, b"token").unwrap();
+            losses(&shared_dir, 4, steps, Some(&control))
+        };
+        std::thread::scope(|s| {
+            let other = s.spawn(|| one(1));
+            let first = one(0);
+            assert_eq!(other.join().unwrap(), first);
+            first
+        })
+    };
+    let found = [run(2), run(4)].concat();
+    assert_eq!(found, alone, "the same steps, over a checkpoint of two");
+    let (one, two) = (dir.path().join("alone/shared/checkpoints/4"), shared_dir.join("shared/checkpoints/4"));
+    assert!(two.join("model-trained-p00001-00001.safetensors").is_file());
+    let (one, two) = (Model::open(&one).unwrap(), Model::open(&two).unwrap());
+    for p in gemma4::param_table(one.arch()) {
+        assert_eq!(one.read(&p.name).unwrap().bytes(), two.read(&p.name).unwrap().bytes(), "{}", p.name);
+    }
 }

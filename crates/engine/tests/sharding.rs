@@ -98,7 +98,7 @@ fn execute(program: &Program, executable: &Executable, inputs: &Arrays) -> Array
         .zip(results)
         .map(|(spec, parts)| {
             let sharding = whole(&spec.sharding, spec.shape.rank());
-            let all = Sharded::new(spec.dtype, spec.shape.clone(), sharding, parts, &mesh).unwrap();
+            let all = Sharded::new(runtime().client(), &mesh, (spec.dtype, &spec.shape), sharding, parts).unwrap();
             (spec.name.clone(), all.to_host(&mesh).unwrap())
         })
         .collect()
@@ -273,4 +273,21 @@ fn a_mesh_that_does_not_divide_names_parameter_and_axis() {
         "layers.0.self_attn.q_proj.weight: its axis q_heads of 4 is not divisible by 8, the devices along tensor; choose \
          sizes of these axes whose product divides 4"
     );
+}
+
+/// What processes of one mesh run before one of them can read an array that lies with all of them.
+#[test]
+fn an_array_comes_together_on_every_device() {
+    let mesh = Mesh::new(&[("data", 2), ("fsdp", 4)]).unwrap();
+    let host = HostArray::from_slice([8, 6], &(0..48).map(|i| i as f32).collect::<Vec<_>>()).unwrap();
+    for axes in [[&["fsdp"][..], &[]], [&["data", "fsdp"], &[]], [&["fsdp"], &["data"]], [&[], &[]]] {
+        let array = Sharded::from_host(runtime().client(), &mesh, &host, &Sharding::new(&axes)).unwrap();
+        assert!(array.is_here(&mesh).unwrap());
+        let gather = compile(&shards::gather_program(&array, &mesh).unwrap());
+        let parts = shards::execute(&gather, &[&array]).unwrap().pop().unwrap();
+        assert_eq!(parts.len(), 8);
+        for part in parts {
+            assert_eq!(part.to_host().unwrap().bytes(), host.bytes(), "{axes:?}");
+        }
+    }
 }

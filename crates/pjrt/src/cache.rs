@@ -287,7 +287,8 @@ impl Client {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let flags = std::env::var_os("XLA_FLAGS").unwrap_or_default();
         let kinds: Vec<&str> = self.devices().iter().map(|d| d.kind.as_str()).collect();
-        let numbers = format!("{FORMAT} {major}.{minor} {cores} {}", self.devices().len());
+        let numbers =
+            format!("{FORMAT} {major}.{minor} {cores} {} {}", self.devices().len(), self.mesh_devices().len());
         let mut hasher = Sha256::new();
         for part in [
             numbers.as_bytes(),

@@ -45,6 +45,17 @@ pub struct Device {
     pub description: String,
 }
 
+/// A device of any of the processes whose devices form one mesh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MeshDevice {
+    /// The runtime's number for it, the same in all processes.
+    pub id: i64,
+    /// The process that can use it.
+    pub process: i64,
+    /// Its place among [`Client::devices`], if that process is this one.
+    pub local: Option<usize>,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct DevicePtr(pub(crate) *mut sys::PJRT_Device);
 // SAFETY: devices are owned by the client, constant, and usable from any thread.
@@ -98,6 +109,7 @@ pub(crate) struct ClientInner {
     pub(crate) plugin: Arc<Plugin>,
     pub(crate) raw: *mut sys::PJRT_Client,
     pub(crate) devices: Vec<Device>,
+    pub(crate) all: Vec<MeshDevice>,
     platform_name: String,
     platform_version: String,
     pub(crate) counters: Counters,
@@ -173,6 +185,7 @@ impl Client {
             plugin: Arc::clone(plugin),
             raw: a.client,
             devices: Vec::new(),
+            all: Vec::new(),
             platform_name: String::new(),
             platform_version: String::new(),
             counters: Counters::default(),
@@ -197,8 +210,19 @@ impl Client {
             slice(a.addressable_devices, a.num_addressable_devices)
         };
         for &raw in raw_devices {
-            inner.devices.push(describe(api, raw)?);
+            inner.devices.push(describe(api, raw)?.0);
         }
+        let mut a = args!(PJRT_Client_Devices_Args { client: inner.raw });
+        // SAFETY: as above.
+        let raw_devices = unsafe {
+            call!(api, "list all devices", PJRT_Client_Devices, a)?;
+            slice(a.devices, a.num_devices)
+        };
+        for &raw in raw_devices {
+            let (device, process) = describe(api, raw)?;
+            inner.all.push(MeshDevice { id: device.id, process, local: inner.index_of(raw) });
+        }
+        inner.all.sort_unstable_by_key(|d| d.id);
         Ok(Client { inner: Arc::new(inner) })
     }
 
@@ -224,6 +248,23 @@ impl Client {
     #[must_use]
     pub fn devices(&self) -> &[Device] {
         &self.inner.devices
+    }
+
+    /// The devices of all processes, ascending by the runtime's number. Where there is one process they are those of
+    /// [`Client::devices`].
+    #[must_use]
+    pub fn mesh_devices(&self) -> &[MeshDevice] {
+        &self.inner.all
+    }
+
+    /// Which of its devices a program of `count` devices has here, by position in [`Client::devices`]; `None` for those of other
+    /// processes. A program of more devices than this process has runs on those of all processes, any other on this one's first.
+    #[must_use]
+    pub fn places(&self, count: usize) -> Vec<Option<usize>> {
+        if count <= self.devices().len() {
+            return (0..count).map(Some).collect();
+        }
+        self.inner.all.iter().take(count).map(|d| d.local).collect()
     }
 
     /// Memory figures of a device, where the platform has them (CPU plugins do not).
@@ -259,7 +300,8 @@ impl fmt::Debug for Client {
     }
 }
 
-fn describe(api: &Api, raw: *mut sys::PJRT_Device) -> Result<Device> {
+/// A device and the number of its process.
+fn describe(api: &Api, raw: *mut sys::PJRT_Device) -> Result<(Device, i64)> {
     let operation = "describe a device";
     let mut a = args!(PJRT_Device_GetDescription_Args { device: raw });
     // SAFETY: the device is live, and so is its description.
@@ -269,7 +311,7 @@ fn describe(api: &Api, raw: *mut sys::PJRT_Device) -> Result<Device> {
         return Err(PjrtError::Contract { operation, reason: "no description".to_owned() });
     }
     let d = describe_device(api, description)?;
-    Ok(Device { raw: DevicePtr(raw), id: d.id, kind: d.kind, description: d.description })
+    Ok((Device { raw: DevicePtr(raw), id: d.id, kind: d.kind, description: d.description }, d.process))
 }
 
 /// What a device description says.

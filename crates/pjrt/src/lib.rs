@@ -53,7 +53,7 @@ pub use allocator::large as allocator_entry;
 pub use allocator::{quiet_plugins, set_environment, trim_allocator, tune_allocator};
 pub use buffer::{Buffer, Owner, Placement, ZERO_COPY_ALIGNMENT};
 pub use cache::{CacheOutcome, CacheStats, ExecutableCache, Lookup};
-pub use client::{Client, ClientOptions, Device, DeviceMemory, TransferStats};
+pub use client::{Client, ClientOptions, Device, DeviceMemory, MeshDevice, TransferStats};
 pub use compiled::MemoryFigures;
 pub use error::{Code, PjrtError, Result};
 pub use executable::{Executable, ExecuteOptions};

@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 
 use ::config::{Hardware, Mesh, Sources};
 use engine::convert::{Checkpoint, Convention, Hints, Weights};
+use engine::hosts::Control;
 use engine::{EngineError, Model, Runtime, RuntimeOptions};
 
 use crate::ui::Ui;
@@ -118,23 +119,36 @@ pub(crate) struct EngineArgs {
 impl EngineArgs {
     /// Starts the engine, and says so where it takes time.
     pub(crate) fn start(&self, ui: &Ui) -> Result<Runtime, Failure> {
-        self.start_on(ui, Hardware::Auto, 1)
+        self.start_on(ui, Hardware::Auto, 1, None)
     }
 
-    /// The same on hardware that a configuration names, if the flag names none, with this many virtual devices if it is a CPU.
-    pub(crate) fn start_on(&self, ui: &Ui, hardware: Hardware, cpu_devices: usize) -> Result<Runtime, Failure> {
+    /// The kind of device: the flag's, else that of a configuration.
+    pub(crate) fn platform(&self, hardware: Hardware) -> &str {
         let named = match hardware {
             Hardware::Gpu => "cuda",
             Hardware::Tpu => "tpu",
             _ => "cpu",
         };
+        self.device.as_deref().unwrap_or(named)
+    }
+
+    /// The same on hardware that a configuration names, if the flag names none, with this many virtual devices if it is a CPU, and
+    /// with the devices of other processes.
+    pub(crate) fn start_on(
+        &self,
+        ui: &Ui,
+        hardware: Hardware,
+        cpu_devices: usize,
+        processes: Option<&Control>,
+    ) -> Result<Runtime, Failure> {
         let progress = |step: &str| ui.say(step);
         Ok(Runtime::start(&RuntimeOptions {
-            platform: self.device.as_deref().unwrap_or(named),
+            platform: self.platform(hardware),
             plugin: self.plugin.clone(),
             offline: is_offline(self.offline),
             no_cache: self.no_cache,
             cpu_devices,
+            processes,
             progress: Some(&progress),
         })?)
     }

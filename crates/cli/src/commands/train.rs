@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use config::{Filter, Sources};
+use config::{Filter, Hardware, Sources};
 use engine::hosts::peers::Peers;
-use engine::hosts::{HostFlags, Identity, Origin};
+use engine::hosts::{Control, HostFlags, Identity, Origin};
 use engine::train::{End, Event, TrainError, TrainOptions, TrainReport, train};
 use pjrt::{CollectiveKind, CollectiveTotal, HloStats};
 use serde_json::json;
@@ -85,22 +85,20 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         ui.say(format!("note: {note}"));
     }
     let stop = on_interrupt()?;
-    let peers = peers(&args.hosts.flags())?;
+    let others = others(ui, args, config.mesh.hardware)?;
+    let peers = others.as_ref().map(Others::peers);
     // One of several processes speaks for all.
     let quiet = Ui::new(true);
-    let ui = if peers.as_deref().is_some_and(|p| p.rank() > 0) { &quiet } else { ui };
-    if let Some(p) = &peers {
+    let ui = if peers.is_some_and(|p| p.rank() > 0) { &quiet } else { ui };
+    if let Some(p) = peers {
         ui.say(format!("{} processes share every batch", p.count()));
     }
-    let runtime = args.engine.start_on(ui, config.mesh.hardware, config.mesh.cpu_devices())?;
+    let control = others.as_ref().and_then(Others::control);
+    let runtime = args.engine.start_on(ui, config.mesh.hardware, config.mesh.cpu_devices(), control)?;
     let settings = config.raw().show(Filter::Set);
     let config_text: String = settings.iter().map(|s| format!("{}: {}\n", s.key, s.value)).collect();
-    let options = TrainOptions {
-        stop: Some(&stop),
-        batches: args.batches.clone(),
-        config_text: Some(config_text),
-        peers: peers.as_deref(),
-    };
+    let options =
+        TrainOptions { stop: Some(&stop), batches: args.batches.clone(), config_text: Some(config_text), peers };
     let mut stopping = false;
     let bar = ui.steps_bar(config.run.steps as u64);
     // Lines go above the bar.
@@ -161,22 +159,61 @@ fn collectives(stats: &HloStats) -> Vec<String> {
     lines
 }
 
-/// The other processes of the job, if there are any.
-fn peers(flags: &HostFlags) -> Result<Option<Box<dyn Peers>>, Failure> {
-    let found = Identity::find(flags, &|name| std::env::var(name).ok()).map_err(Failure::usage)?;
+/// The other processes of the job.
+enum Others {
+    /// Each has a model, and they sum gradients.
+    #[cfg(feature = "mpi")]
+    Mpi(engine::hosts::peers::Mpi),
+    /// The devices of all are one mesh.
+    Mesh(Control),
+}
+
+impl Others {
+    fn peers(&self) -> &dyn Peers {
+        match self {
+            #[cfg(feature = "mpi")]
+            Others::Mpi(mpi) => mpi,
+            Others::Mesh(control) => control,
+        }
+    }
+
+    #[cfg_attr(not(feature = "mpi"), allow(clippy::unnecessary_wraps))]
+    fn control(&self) -> Option<&Control> {
+        match self {
+            #[cfg(feature = "mpi")]
+            Others::Mpi(_) => None,
+            Others::Mesh(control) => Some(control),
+        }
+    }
+}
+
+/// What processes prove to each other that they belong together with.
+const TOKEN: &str = "LAPIDARY_TOKEN";
+
+/// Finds the other processes of the job, if there are any, and waits for them.
+fn others(ui: &Ui, args: &Args, hardware: Hardware) -> Result<Option<Others>, Failure> {
+    let found = Identity::find(&args.hosts.flags(), &|name| std::env::var(name).ok()).map_err(Failure::usage)?;
     let Some(identity) = found else { return Ok(None) };
-    if identity.origin != Origin::Mpi {
+    if identity.origin == Origin::Mpi {
+        #[cfg(feature = "mpi")]
+        return Ok(Some(Others::Mpi(engine::hosts::peers::Mpi::start()?)));
+        #[cfg(not(feature = "mpi"))]
+        return Err(Failure::usage("mpirun started several processes, and this build has no MPI")
+            .hint("cargo install --path crates/cli --features mpi, with Open MPI's headers and libclang installed"));
+    }
+    if args.engine.platform(hardware) == "cpu" {
         return Err(Failure::usage(format!(
-            "{} say that this is process {} of {}; training over several processes runs under mpirun in this version",
+            "{} say that this is process {} of {}; on CPUs, training over several processes runs under mpirun",
             identity.origin, identity.process, identity.count
         ))
         .hint("docs/guide/hosts.md tells what is offered; unset the variables to train alone"));
     }
-    #[cfg(feature = "mpi")]
-    return Ok(Some(Box::new(engine::hosts::peers::Mpi::start()?)));
-    #[cfg(not(feature = "mpi"))]
-    Err(Failure::usage("mpirun started several processes, and this build has no MPI")
-        .hint("cargo install --path crates/cli --features mpi, with Open MPI's headers and libclang installed"))
+    let token = std::env::var(TOKEN).ok().filter(|t| !t.is_empty()).ok_or_else(|| {
+        Failure::usage(format!("{TOKEN} is not set: the processes of a run know each other by it"))
+            .hint(format!("set {TOKEN} to the same secret on all hosts, such as the output of `openssl rand -hex 16`"))
+    })?;
+    ui.say(format!("waiting for {} processes", identity.count));
+    Ok(Some(Others::Mesh(Control::start(&identity, token.as_bytes())?)))
 }
 
 fn say_end(ui: &Ui, args: &Args, report: &TrainReport) -> CommandResult {

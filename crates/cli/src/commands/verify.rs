@@ -111,7 +111,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         return Err(Failure::usage("tolerances must not be negative"));
     }
     let mesh = args.arch.mesh()?;
-    let runtime = args.engine.start_on(ui, mesh.hardware, mesh.cpu_devices())?;
+    let runtime = args.engine.start_on(ui, mesh.hardware, mesh.cpu_devices(), None)?;
     let spread = |model: &Model| lay_out(&runtime, &mesh, model);
     let tokens = match &golden {
         Some(g) => g.sequences.iter().map(|s| s.ids.len()).sum(),

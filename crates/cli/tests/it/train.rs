@@ -258,3 +258,19 @@ fn a_checkpoint_tells_its_own_model() {
     .exits(0);
     assert!(r.stderr.contains("completed step: 0"), "{}", r.stderr);
 }
+
+#[test]
+fn processes_that_cannot_meet_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    write_text(dir.path());
+    let with = |flags: &[&str], more: &[&str]| {
+        let words: Vec<String> = words(dir.path(), "hosts", more);
+        let words: Vec<&str> = words.iter().map(String::as_str).chain(flags.iter().copied()).collect();
+        lapidary(&words).exits(2).stderr
+    };
+    let two = ["--process-id", "0", "--num-processes", "2", "--coordinator", "127.0.0.1:1"];
+    assert!(with(&two, &[]).contains("on CPUs, training over several processes runs under mpirun"));
+    assert!(with(&two[..2], &[]).contains("not how many"));
+    assert!(with(&two[..4], &[]).contains("where process 0 is"));
+    assert!(with(&two, &["hardware=gpu"]).contains("LAPIDARY_TOKEN is not set"));
+}

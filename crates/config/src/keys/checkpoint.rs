@@ -40,7 +40,7 @@ pub(super) const KEYS: &[Key] = &within(
         Key::bool("enable_continuous_checkpointing", false, "Saves again as soon as the last save ended.")
             .only("saves follow `checkpoint_period`"),
         Key::bool("enable_single_replica_ckpt_restoring", false, "Restores on one replica and broadcasts.")
-            .only("running on several hosts is not offered yet"),
+            .only("every process reads its parts from the shared directory"),
         Key::int("checkpoint_storage_target_data_file_size_bytes", 2_147_483_648, "Size of Orbax data files.")
             .at_most(i64::MAX)
             .inert(NATIVE),

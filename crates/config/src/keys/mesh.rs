@@ -4,7 +4,7 @@ use super::{Category, Key, Kind, within};
 use crate::choice::Hardware;
 use crate::value::Literal;
 
-const HOSTS: &str = "running on several hosts is not offered yet";
+const HOSTS: &str = "say gpu, and tell `train` of the other processes (docs/guide/hosts.md)";
 const DILOCO: &str = "DiLoCo is not offered";
 const PIPELINE: &str = "the gemma4_small decoder cannot be cut into pipeline stages";
 const ULYSSES: &str = "sequences are shared by gathering keys and values (the context axis), not by exchanging heads";

@@ -17,6 +17,12 @@ pub trait Peers: fmt::Debug {
     /// How many there are.
     fn count(&self) -> usize;
 
+    /// Whether each process has its own copy of the model and gradients are summed here, on the host. Otherwise the devices of all
+    /// processes form one mesh, and the program sums.
+    fn sums_gradients(&self) -> bool {
+        true
+    }
+
     /// Replaces values by their sums over all processes. The order of summation is the same on all of them.
     ///
     /// # Errors

@@ -33,6 +33,7 @@ const PUT: u8 = 1;
 const GET: u8 = 2;
 const TRY: u8 = 3;
 const JOINED: u8 = 4;
+const REMOVE: u8 = 5;
 
 const OK: u8 = 0;
 const ABSENT: u8 = 1;
@@ -40,6 +41,7 @@ const TIMEOUT: u8 = 2;
 const TWICE: u8 = 3;
 const TOO_LARGE: u8 = 4;
 const REFUSED: u8 = 5;
+const LOST: u8 = 6;
 
 /// An operation of the store that failed.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +80,12 @@ pub enum StoreError {
         /// Processes that have not connected.
         missing: Vec<usize>,
     },
+    /// A process that had connected is gone.
+    #[error("{} of the run ended early; its own messages say why", process_text(.0))]
+    Lost(
+        /// The processes.
+        Vec<usize>,
+    ),
     /// The key is not there.
     #[error("there is no {0:?}")]
     Absent(String),
@@ -93,13 +101,16 @@ pub enum StoreError {
 }
 
 fn missing_text(missing: &[usize]) -> String {
-    match missing {
-        [] => String::new(),
-        [one] => format!("; process {one} never connected"),
+    if missing.is_empty() { String::new() } else { format!("; {} never connected", process_text(missing)) }
+}
+
+fn process_text(processes: &[usize]) -> String {
+    match processes {
+        [one] => format!("process {one}"),
         more => {
             let list: Vec<String> = more.iter().take(8).map(usize::to_string).collect();
             let etc = if more.len() > 8 { ", ..." } else { "" };
-            format!("; processes {}{etc} never connected", list.join(", "))
+            format!("processes {}{etc}", list.join(", "))
         }
     }
 }
@@ -109,6 +120,22 @@ struct Content {
     values: HashMap<Vec<u8>, Vec<u8>>,
     size: usize,
     joined: Vec<bool>,
+    /// Connections of each process.
+    open: Vec<usize>,
+}
+
+impl Content {
+    /// Processes that were here and are gone.
+    fn lost(&self) -> Vec<usize> {
+        self.joined.iter().zip(&self.open).enumerate().filter(|(_, (j, n))| **j && **n == 0).map(|(i, _)| i).collect()
+    }
+}
+
+/// What waiting for a value came to.
+enum Waited {
+    Value(Vec<u8>),
+    Nothing,
+    Lost(Vec<usize>),
 }
 
 #[derive(Debug)]
@@ -140,16 +167,19 @@ impl Shared {
         OK
     }
 
-    fn get(&self, key: &[u8], timeout: Duration) -> Option<Vec<u8>> {
+    /// Waits for a value, as long as all who could write it are there.
+    fn get(&self, key: &[u8], timeout: Duration) -> Waited {
         let end = Instant::now() + timeout;
         let mut content = self.content();
         loop {
             if let Some(v) = content.values.get(key) {
-                return Some(v.clone());
+                return Waited::Value(v.clone());
             }
-            let left = end.checked_duration_since(Instant::now()).filter(|d| !d.is_zero())?;
-            if self.closed.load(Ordering::Relaxed) {
-                return None;
+            let left = end.checked_duration_since(Instant::now()).filter(|d| !d.is_zero());
+            let (Some(left), false) = (left, self.closed.load(Ordering::Relaxed)) else { return Waited::Nothing };
+            let lost = content.lost();
+            if !lost.is_empty() {
+                return Waited::Lost(lost);
             }
             content = self.written.wait_timeout(content, left).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -158,6 +188,21 @@ impl Shared {
     fn missing(&self) -> Vec<usize> {
         self.content().joined.iter().enumerate().filter(|(_, j)| !**j).map(|(i, _)| i).collect()
     }
+
+    fn remove(&self, key: &[u8]) {
+        let mut content = self.content();
+        if let Some(value) = content.values.remove(key) {
+            content.size -= key.len() + value.len();
+        }
+    }
+}
+
+fn to_bytes(numbers: &[usize]) -> Vec<u8> {
+    numbers.iter().flat_map(|&i| (i as u32).to_le_bytes()).collect()
+}
+
+fn from_bytes(bytes: &[u8]) -> Vec<usize> {
+    bytes.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]]) as usize).collect()
 }
 
 /// The store itself, on process 0. It serves until it is dropped.
@@ -177,7 +222,7 @@ impl Server {
         let listener = TcpListener::bind(address).map_err(failed)?;
         let local = listener.local_addr().map_err(failed)?;
         let shared = Arc::new(Shared {
-            content: Mutex::new(Content { joined: vec![false; count], ..Content::default() }),
+            content: Mutex::new(Content { joined: vec![false; count], open: vec![0; count], ..Content::default() }),
             written: Condvar::new(),
             token: token.to_vec(),
             closed: AtomicBool::new(false),
@@ -207,6 +252,16 @@ impl Server {
     #[must_use]
     pub fn missing(&self) -> Vec<usize> {
         self.shared.missing()
+    }
+
+    /// Waits until every process but `own` has closed its connections, at most this long.
+    pub fn wait_for_ends(&self, own: usize, limit: Duration) {
+        let end = Instant::now() + limit;
+        let mut content = self.shared.content();
+        while content.open.iter().enumerate().any(|(i, n)| i != own && *n > 0) {
+            let Some(left) = end.checked_duration_since(Instant::now()).filter(|d| !d.is_zero()) else { return };
+            content = self.shared.written.wait_timeout(content, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 }
 
@@ -258,7 +313,10 @@ fn serve(shared: &Shared, mut stream: TcpStream) -> io::Result<()> {
         let mut content = shared.content();
         let count = content.joined.len();
         match content.joined.get_mut(process as usize) {
-            Some(joined) => *joined = true,
+            Some(joined) => {
+                *joined = true;
+                content.open[process as usize] += 1;
+            }
             None => {
                 drop(content);
                 let reason = format!("it calls itself process {process}, but there are {count}");
@@ -266,8 +324,15 @@ fn serve(shared: &Shared, mut stream: TcpStream) -> io::Result<()> {
             }
         }
     }
-    answer(&mut stream, OK, b"")?;
     // A connection lives as long as its process.
+    let ended = answer(&mut stream, OK, b"").and_then(|()| answer_all(shared, &mut stream));
+    shared.content().open[process as usize] -= 1;
+    shared.written.notify_all();
+    ended
+}
+
+/// Answers until the connection ends.
+fn answer_all(shared: &Shared, stream: &mut TcpStream) -> io::Result<()> {
     stream.set_read_timeout(None)?;
     loop {
         let mut head = [0; 1 + 4 + 4 + 4];
@@ -275,22 +340,24 @@ fn serve(shared: &Shared, mut stream: TcpStream) -> io::Result<()> {
         let field = |i: usize| u32::from_le_bytes([head[i], head[i + 1], head[i + 2], head[i + 3]]) as usize;
         let (key_size, value_size, timeout) = (field(1), field(5), field(9));
         if key_size > KEY || value_size > VALUE {
-            return answer(&mut stream, TOO_LARGE, b"");
+            return answer(stream, TOO_LARGE, b"");
         }
         let mut body = vec![0; key_size + value_size];
         stream.read_exact(&mut body)?;
         let (key, value) = body.split_at(key_size);
-        let found = |v: Option<Vec<u8>>, otherwise: u8, stream: &mut TcpStream| match v {
-            Some(v) => answer(stream, OK, &v),
-            None => answer(stream, otherwise, b""),
+        let found = |v: Waited, otherwise: u8, stream: &mut TcpStream| match v {
+            Waited::Value(v) => answer(stream, OK, &v),
+            Waited::Nothing => answer(stream, otherwise, b""),
+            Waited::Lost(processes) => answer(stream, LOST, &to_bytes(&processes)),
         };
         match head[0] {
-            PUT => answer(&mut stream, shared.put(key, value), b"")?,
-            GET => found(shared.get(key, Duration::from_millis(timeout as u64)), TIMEOUT, &mut stream)?,
-            TRY => found(shared.get(key, Duration::ZERO), ABSENT, &mut stream)?,
-            JOINED => {
-                let missing: Vec<u8> = shared.missing().iter().flat_map(|&i| (i as u32).to_le_bytes()).collect();
-                answer(&mut stream, OK, &missing)?;
+            PUT => answer(stream, shared.put(key, value), b"")?,
+            GET => found(shared.get(key, Duration::from_millis(timeout as u64)), TIMEOUT, stream)?,
+            TRY => found(shared.get(key, Duration::ZERO), ABSENT, stream)?,
+            JOINED => answer(stream, OK, &to_bytes(&shared.missing()))?,
+            REMOVE => {
+                shared.remove(key);
+                answer(stream, OK, b"")?;
             }
             _ => return Ok(()),
         }
@@ -419,10 +486,12 @@ impl Store {
     /// Waits for a value.
     ///
     /// # Errors
-    /// When nobody writes it in time (the error names processes that never connected), or the connection breaks.
+    /// When nobody writes it in time (the error names processes that never connected), a process that had connected is gone, or
+    /// the connection breaks.
     pub fn get(&self, key: &str, timeout: Duration) -> Result<Vec<u8>, StoreError> {
         match self.ask(GET, key, b"", timeout)? {
             (OK, value) => Ok(value),
+            (LOST, processes) => Err(StoreError::Lost(from_bytes(&processes))),
             _ => {
                 let missing = self.missing().unwrap_or_default();
                 Err(StoreError::Timeout { key: key.to_owned(), waited: timeout, missing })
@@ -447,7 +516,15 @@ impl Store {
     /// When the connection breaks.
     pub fn missing(&self) -> Result<Vec<usize>, StoreError> {
         let (_, body) = self.ask(JOINED, "", b"", Duration::ZERO)?;
-        Ok(body.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]]) as usize).collect())
+        Ok(from_bytes(&body))
+    }
+
+    /// Takes a key away that nobody will ask for again.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn remove(&self, key: &str) -> Result<(), StoreError> {
+        self.ask(REMOVE, key, b"", Duration::ZERO).map(|_| ())
     }
 
     /// Waits until every process of `count` has come to this point. A name is used once.

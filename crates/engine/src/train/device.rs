@@ -105,8 +105,11 @@ impl<'r> Device<'r> {
         let mut plan = plan;
         plan.step.loss.called_attention = product_calls(runtime, &plan).is_some();
         let mesh = plan.layout.mesh();
+        let several = peers.is_some();
+        // Without them the program sums.
+        let peers = peers.filter(|p| p.sums_gradients());
         let split = peers.is_some();
-        if split && plan.step.per_layer == PerLayerTable::HostTrained {
+        if several && plan.step.per_layer == PerLayerTable::HostTrained {
             return Err(TrainError::Key {
                 key: "per_layer_table",
                 reason: "a table trained on the host is not shared between processes; use per_layer_table=device"
@@ -231,7 +234,7 @@ impl<'r> Device<'r> {
             .collect();
         let (mut hosts, mut lying) = (Vec::new(), Vec::new());
         for (parts, (shape, sharding)) in shards::execute(&self.step, &arguments)?.into_iter().zip(lies) {
-            let output = Sharded::new(DType::F32, shape, sharding, parts, &self.mesh)?;
+            let output = Sharded::new(self.runtime.client(), &self.mesh, (DType::F32, &shape), sharding, parts)?;
             hosts.push(output.to_host(&self.mesh)?);
             lying.push(output.sharding().clone());
         }
@@ -381,20 +384,34 @@ impl<'r> Device<'r> {
                 continue;
             }
             state.held.extend(slot.members.iter().map(|m| m.name.clone()));
-            if *mine {
-                unstack(slot, &buffer.to_host(&self.mesh)?, "", &mut state.params)?;
+            if let Some(host) = self.whole(buffer, *mine)? {
+                unstack(slot, &host, "", &mut state.params)?;
             }
         }
         let mut buffers = self.moments.iter();
         for (prefix, _) in lists {
             for (&(slot, _), mine) in slots.iter().zip(&mine).filter(|((_, trained), _)| *trained) {
                 let buffer = buffers.next().ok_or_else(missing)?;
-                if *mine && !self.plan.step.is_hosted(slot) {
-                    unstack(slot, &buffer.to_host(&self.mesh)?, prefix, &mut state.moments)?;
+                let host = if self.plan.step.is_hosted(slot) { None } else { self.whole(buffer, *mine)? };
+                if let Some(host) = host {
+                    unstack(slot, &host, prefix, &mut state.moments)?;
                 }
             }
         }
         Ok(state)
+    }
+
+    /// An array on the host, where it is wanted here. One that lies with several processes comes together on the devices first, for
+    /// which all of them must call this.
+    fn whole(&self, array: &Sharded, wanted: bool) -> Result<Option<HostArray>> {
+        if array.is_here(&self.mesh)? {
+            return Ok(if wanted { Some(array.to_host(&self.mesh)?) } else { None });
+        }
+        let program = shards::gather_program(array, &self.mesh)?;
+        let gather = compile(self.runtime, program, &self.plan)?.executable;
+        let parts = shards::execute(&gather, &[array])?.pop().ok_or_else(missing)?;
+        let first = parts.first().filter(|_| wanted);
+        Ok(first.map(Buffer::to_host).transpose()?)
     }
 }
 

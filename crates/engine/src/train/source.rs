@@ -9,7 +9,7 @@ use tensor::{DType, HostArray, Shape};
 use super::TrainError;
 use super::device::{convert, converted};
 use crate::EngineError;
-use crate::shards::{Memory, Sharded, cut, parts_of, paste};
+use crate::shards::{Memory, Sharded, cut, own_parts, paste};
 
 type Result<T> = std::result::Result<T, TrainError>;
 
@@ -106,7 +106,7 @@ pub(crate) fn place(
                     .with_bytes(dtype, |b| Ok(client.buffer_from_bytes(b, dtype, &slot.shape, 0)?))?,
                 None => client.buffer_from_host(&stacked(slot, dtype, read)?, 0)?,
             };
-            Ok(Sharded::new(dtype, slot.shape.clone(), sharding, vec![buffer], mesh)?)
+            Ok(Sharded::new(client, mesh, what, sharding, vec![buffer])?)
         }
         (_, Some(only)) => {
             let given = read(&only.name)?;
@@ -115,7 +115,7 @@ pub(crate) fn place(
             })
         }
         (_, None) => {
-            let mut parts = stacked_parts(mesh, slot, dtype, read, &sharding)?.into_iter();
+            let mut parts = stacked_parts(client, mesh, slot, dtype, read, &sharding)?.into_iter();
             Sharded::place(client, mesh, what, &sharding, memory, &mut |_| {
                 parts.next().ok_or_else(|| EngineError::Input("a part is missing".into()).into())
             })
@@ -123,8 +123,9 @@ pub(crate) fn place(
     }
 }
 
-/// The different parts of a stack, in the order of [`parts_of`].
+/// The different parts of a stack, in the order of [`own_parts`].
 fn stacked_parts(
+    client: &Client,
     mesh: &Mesh,
     slot: &Slot,
     dtype: DType,
@@ -132,7 +133,7 @@ fn stacked_parts(
     sharding: &Sharding,
 ) -> Result<Vec<HostArray>> {
     let mut parts = Vec::new();
-    for part in parts_of(mesh, &slot.shape, sharding)? {
+    for part in own_parts(client, mesh, &slot.shape, sharding)? {
         let shape: Vec<usize> = part.bounds.iter().map(|b| b.len()).collect();
         parts.push((part.bounds, HostArray::zeros(dtype, shape)?));
     }
@@ -177,8 +178,9 @@ impl Zeros {
         let sharding = slot.sharding_or_whole();
         let local = sharding.shard_shape(mesh, &slot.shape).map_err(EngineError::Input)?;
         let zeros = &self.0.bytes()[..local.elements() * dtype.size()];
-        let parts = (0..mesh.devices()).map(|d| client.buffer_from_bytes(zeros, dtype, &local, d));
+        let places = client.places(mesh.devices()).into_iter().flatten();
+        let parts = places.map(|d| client.buffer_from_bytes(zeros, dtype, &local, d));
         let parts = parts.collect::<std::result::Result<_, _>>()?;
-        Ok(Sharded::new(dtype, slot.shape.clone(), sharding, parts, mesh)?)
+        Ok(Sharded::new(client, mesh, (dtype, &slot.shape), sharding, parts)?)
     }
 }

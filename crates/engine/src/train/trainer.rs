@@ -77,7 +77,7 @@ pub struct TrainOptions<'a> {
     pub batches: Option<PathBuf>,
     /// The configuration as text, kept with the run.
     pub config_text: Option<String>,
-    /// Other processes that train on other rows of each batch. Process 0 alone writes checkpoints and metrics.
+    /// Other processes of the run. Process 0 alone writes metrics.
     pub peers: Option<&'a dyn Peers>,
 }
 
@@ -137,7 +137,10 @@ pub fn train(
     let load = &config.checkpoint.load_parameters_path;
     let given = if load.is_empty() { None } else { Some(Model::open(Path::new(load))?) };
     let arch = architecture(config, given.as_ref())?;
-    let plan = Plan::on(config, arch, &config.mesh.resolve(runtime.client().devices().len(), 1)?)?;
+    // Processes that sum gradients have a model each; the devices of others are one mesh.
+    let replicas = peers.filter(|p| p.sums_gradients()).map_or(1, Peers::count);
+    let slices = if processes > replicas { config.mesh.slices() } else { 1 };
+    let plan = Plan::on(config, arch, &config.mesh.resolve(runtime.client().mesh_devices().len(), slices)?)?;
 
     // Where the run stands.
     let share = Share { process: rank, count: processes };
@@ -175,7 +178,7 @@ pub fn train(
     if start >= plan.steps {
         return Err(TrainError::Finished { done: start, steps: plan.steps });
     }
-    let identity = identity(config, &plan, processes);
+    let identity = identity(config, &plan, replicas);
     if let Some(l) = &loaded {
         check_identity(&l.state, &identity)?;
         events(Event::Resumed { step: start, path: l.model_dir() });
@@ -184,7 +187,7 @@ pub fn train(
     events(Event::Summary(&summary(&plan, config)));
 
     // Data before the compiler: its mistakes show at once.
-    let rows = plan.step.rows * plan.step.accumulation * processes;
+    let rows = plan.step.rows * plan.step.accumulation * replicas;
     let vocab = plan.arch.vocab_size();
     let tokenizer = given.as_ref().map(|m| m.path().to_owned());
     let mut source = match &options.batches {
