@@ -2,15 +2,16 @@
 
 use std::io::{BufRead, IsTerminal};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use engine::generate::chat::{ChatTemplate, Conversation};
 use engine::generate::{Finish, LanguageModel, Sampler, Sequence, Timing, Verdict, Writer, encode_written, generate};
 use serde_json::json;
 use signal_hook::consts::SIGINT;
 
-use super::generate::setup::{ChatArgs, DecodeArgs, ModelArgs, SamplingArgs, Setup};
+use super::generate::setup::{ChatArgs, DecodeArgs, Expected, ModelArgs, SamplingArgs, Setup, side_by_side};
 use super::generate::{Printer, say_settings, say_timing};
 use super::{ArchArgs, CommandResult, EngineArgs, Failure, Outcome};
 use crate::ui::Ui;
@@ -58,21 +59,30 @@ Examples:
 const TYPICAL_MESSAGE: usize = 64;
 
 pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
-    let setup = args.options.open(ui, &args.model, &args.arch)?;
+    let mut setup = args.options.open_weights(ui, &args.model, &args.arch)?;
     let template = args.chat.template(&setup)?.ok_or_else(|| {
         Failure::usage(format!("{} has no chat template, so it is no model to talk with", setup.model.path().display()))
             .hint("give one with --chat-template, or continue text with `lapidary generate --raw`")
     })?;
-    setup.tokenizer()?;
     let context = args.context.min(setup.settings.max_positions.unwrap_or(usize::MAX));
     let sampling = args.sampling.sampling(&setup)?;
+    let (clock, cell) = (Instant::now(), OnceLock::new());
+    let (model, expected) =
+        ((Arc::clone(&setup.model), setup.dtype), Expected { sequences: 1, tokens: TYPICAL_MESSAGE });
+    let (begun, ()) = side_by_side(
+        || args.decode.begin(ui, &args.engine, &cell, (&model.0, model.1), expected),
+        || {
+            args.options.read_tokenizer(&mut setup, &args.model)?;
+            setup.tokenizer().map(|_| ())
+        },
+    )?;
+    let Some(runtime) = cell.get() else { return Err(Failure::run("the engine did not start")) };
     say_settings(ui, &setup, &sampling, true);
     let sampler = Sampler::new(sampling, 0, None)?;
     let conversation = args.chat.conversation(&setup)?;
 
     let interrupt = Interrupt::new()?;
-    let runtime = args.engine.start(ui)?;
-    let model = args.decode.start(ui, &runtime, &setup, 1, context, TYPICAL_MESSAGE)?;
+    let model = args.decode.start(ui, runtime, &setup, begun, (expected, context, clock))?;
     let mut dialogue = Dialogue {
         ui,
         args,

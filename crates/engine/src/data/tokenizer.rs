@@ -38,6 +38,34 @@ enum Kind {
     HuggingFace(Box<tokenizers::Tokenizer>),
 }
 
+/// Byte pair encoding, as Gemma's.
+type PairEncoding = tokenizers::TokenizerImpl<
+    tokenizers::models::bpe::BPE,
+    tokenizers::NormalizerWrapper,
+    tokenizers::PreTokenizerWrapper,
+    tokenizers::PostProcessorWrapper,
+    tokenizers::DecoderWrapper,
+>;
+
+/// Reads a tokenizer.json. Where any model may stand, the library reads the model's half million entries into a tree of JSON values
+/// first, and copies that twice; asked for the kind that Gemma has, it reads them straight.
+fn parse(bytes: &[u8]) -> tokenizers::Result<tokenizers::Tokenizer> {
+    match serde_json::from_slice::<PairEncoding>(bytes) {
+        Ok(tokenizer) => Ok(tokenizer.into()),
+        Err(_) => tokenizers::Tokenizer::from_bytes(bytes),
+    }
+}
+
+/// The largest id of the vocabulary, added tokens included.
+fn largest_id(tokenizer: &tokenizers::Tokenizer) -> Option<u32> {
+    let size = u32::try_from(tokenizer.get_vocab_size(true)).ok()?;
+    // Ids are usually counted through, which is seen without copying the vocabulary.
+    match (0..size).all(|id| tokenizer.id_to_token(id).is_some()) {
+        true => size.checked_sub(1),
+        false => tokenizer.get_vocab(true).into_values().max(),
+    }
+}
+
 impl Tokenizer {
     /// The built-in tokenizer: byte `b` is token `4 + b`; 0 is padding, 1 the end, 2 the start, 3 unused (Gemma's
     /// unknown). It fits any vocabulary of at least 260 and is meant for tests and first steps.
@@ -92,15 +120,14 @@ impl Tokenizer {
             }));
         }
         let bytes = fs_err::read(&file)?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| wrong(format!("no tokenizer: {e}")))?;
+        let mut inner = parse(&bytes).map_err(|e| wrong(format!("no tokenizer: {e}")))?;
         // Both are settings of whoever saved the file; documents are cut and filled up here.
         inner.with_truncation(None).map_err(|e| wrong(format!("no tokenizer: {e}")))?;
         inner.with_padding(None);
         let special = SpecialTokens::beside(&file)?;
         let id = |names: &Option<String>, usual: &str| inner.token_to_id(names.as_deref().unwrap_or(usual));
         let (bos, eos, pad) = (id(&special.bos, "<bos>"), id(&special.eos, "<eos>"), id(&special.pad, "<pad>"));
-        let largest_id =
-            inner.get_vocab(true).into_values().max().ok_or_else(|| wrong("it has no token".to_owned()))?;
+        let largest_id = largest_id(&inner).ok_or_else(|| wrong("it has no token".to_owned()))?;
         let fingerprint = format!("crc32c {:08x}, bos {bos:?}, eos {eos:?}, pad {pad:?}", crc32c::crc32c(&bytes));
         let name = file.display().to_string();
         let (kind, add_bos) = (Kind::HuggingFace(Box::new(inner)), special.add_bos);
@@ -263,6 +290,32 @@ pub(super) mod tests {
         ids.push(1);
         assert_eq!(t.decode(&ids).unwrap(), all);
         assert_eq!(t.decode(&[4 + 0xC3, 999]).unwrap(), "\u{fffd}");
+    }
+
+    /// Read straight or by way of any model: the same tokenizer. Merges in both spellings.
+    #[test]
+    fn pair_encodings_are_read_as_the_library_reads_them() {
+        let pairs = [r#"["a", "b"], ["ab", "c"]"#, r#""a b", "ab c""#];
+        for merges in pairs {
+            let model = format!(
+                r#""model": {{"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+                "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+                "vocab": {{"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "a": 4, "b": 5, "c": 6, "ab": 7, "abc": 9}},
+                "merges": [{merges}]}}}}"#
+            );
+            let text = WORDS.split("\"model\"").next().unwrap().to_owned() + &model;
+            let (mut ours, theirs) =
+                (parse(text.as_bytes()).unwrap(), tokenizers::Tokenizer::from_bytes(&text).unwrap());
+            assert!(serde_json::from_str::<PairEncoding>(&text).is_ok(), "by the short way");
+            assert_eq!(ours.to_string(false).unwrap(), theirs.to_string(false).unwrap());
+            ours.with_truncation(None).unwrap();
+            ours.with_padding(None);
+            assert_eq!(ours.encode("abcab", true).unwrap().get_ids(), [2, 9, 7]);
+            assert_eq!(largest_id(&ours), Some(9), "an id is left out");
+        }
+        let broken = WORDS.replace("WordLevel", "BPE");
+        let error = parse(broken.as_bytes()).unwrap_err().to_string();
+        assert_eq!(error, tokenizers::Tokenizer::from_bytes(&broken).unwrap_err().to_string());
     }
 
     #[test]

@@ -204,6 +204,19 @@ impl<'r> Decoder<'r> {
         Ok(decoder)
     }
 
+    /// Changes how many tokens a sequence may have, before any are fed. What has been prepared stays. Whether that is possible: with
+    /// rings of another size everything would have to be made anew.
+    pub fn set_context(&mut self, context: usize) -> bool {
+        let ring = |context: usize| ring(self.model.arch(), capacity_for(context));
+        let fits = (1..=MAX_CONTEXT).contains(&context)
+            && ring(context) == ring(self.options.context)
+            && self.lengths.iter().all(|&n| n == 0);
+        if fits {
+            self.options.context = context;
+        }
+        fits
+    }
+
     /// The model.
     #[must_use]
     pub fn model(&self) -> &Model {

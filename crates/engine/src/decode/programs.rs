@@ -15,6 +15,9 @@ use crate::forward::CompileTimes;
 use crate::runtime::{Compiler, compile_options};
 use crate::{Model, Result};
 
+/// How much less a thread counts whose work is not waited for yet.
+const LATER: i32 = 19;
+
 /// A compiled program.
 #[derive(Debug)]
 pub(super) struct Fed {
@@ -76,7 +79,11 @@ impl Programs {
             return;
         }
         let (compiler, model) = (compiler.clone(), Arc::clone(model));
-        let work = move || make(&compiler, model.arch(), &options, &stored);
+        let work = move || {
+            // What the first token waits for goes first. Where that cannot be arranged, it takes turns.
+            let _ = rustix::process::nice(LATER);
+            make(&compiler, model.arch(), &options, &stored)
+        };
         // Without a thread it is compiled when it is needed.
         if let Ok(thread) = thread::Builder::new().name("compile".to_owned()).spawn(work) {
             self.pending.push((options, thread));

@@ -5,6 +5,8 @@ pub(super) mod setup;
 
 use std::io::{IsTerminal, Read, Write};
 use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use engine::generate::chat::{ChatTemplate, Conversation, Part};
 use engine::generate::{
@@ -13,7 +15,7 @@ use engine::generate::{
 };
 use engine::kernels::Bandwidth;
 
-use self::setup::{ChatArgs, DecodeArgs, ModelArgs, SamplingArgs, Setup, json_list};
+use self::setup::{ChatArgs, DecodeArgs, Expected, ModelArgs, SamplingArgs, Setup, json_list, side_by_side};
 use super::{ArchArgs, CommandResult, EngineArgs, Failure, Outcome};
 use crate::ui::{Ui, seconds};
 
@@ -98,21 +100,33 @@ struct Prompt {
 }
 
 pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
-    let setup = args.options.open(ui, &args.model, &args.arch)?;
+    let mut setup = args.options.open_weights(ui, &args.model, &args.arch)?;
     let template = if args.raw { None } else { args.chat_options.template(&setup)? };
     let key = setup.keys.as_ref().is_some_and(|k| k.decode.use_chat_template);
     let chat = !args.raw && (args.chat || !args.messages.is_empty() || key || template.is_some());
-    let prompts = prompts(args, &setup, template.as_ref().filter(|_| chat), chat)?;
+    let template = template.as_ref().filter(|_| chat);
     if args.print_prompt {
-        for p in &prompts {
+        args.options.read_tokenizer(&mut setup, &args.model)?;
+        for p in prompts(args, &setup, template, chat)? {
             ui.data(p.text.as_deref().unwrap_or(&p.label));
             ui.say(format!("{} tokens: {}", p.ids.len(), output::id_list(&p.ids)));
         }
         return Ok(Outcome::Yes);
     }
     let sampling = args.sampling.sampling(&setup)?;
-    let stop_ids = args.sampling.stop_ids(&setup, chat);
     let most = args.max_new_tokens.or(setup.settings.max_new_tokens).unwrap_or(DEFAULT_NEW_TOKENS);
+
+    let (clock, cell) = (Instant::now(), OnceLock::new());
+    let (model, expected) = ((Arc::clone(&setup.model), setup.dtype), expected(args, chat));
+    let (begun, prompts) = side_by_side(
+        || args.decode.begin(ui, &args.engine, &cell, (&model.0, model.1), expected),
+        || {
+            args.options.read_tokenizer(&mut setup, &args.model)?;
+            prompts(args, &setup, template, chat)
+        },
+    )?;
+    let Some(runtime) = cell.get() else { return Err(Failure::run("the engine did not start")) };
+    let stop_ids = args.sampling.stop_ids(&setup, chat);
     let longest = prompts.iter().map(|p| p.ids.len()).max().unwrap_or(0);
     let room = setup.settings.max_positions.unwrap_or(usize::MAX);
     let context = args.context.unwrap_or_else(|| longest.saturating_add(most).min(room));
@@ -121,9 +135,8 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         return Err(Failure::usage(format!("a prompt has {longest} tokens, --context gives room for {context}")));
     }
     say_settings(ui, &setup, &sampling, chat);
-
-    let runtime = args.engine.start(ui)?;
-    let mut model = args.decode.start(ui, &runtime, &setup, prompts.len(), context, longest)?;
+    let known = Expected { sequences: prompts.len(), tokens: longest };
+    let mut model = args.decode.start(ui, runtime, &setup, begun, (known, context, clock))?;
     let mut samplers = prompts
         .iter()
         .enumerate()
@@ -217,6 +230,18 @@ impl Speed {
         let memory = Bandwidth::new().ok()?.measure(3);
         Some(Speed { weights, memory })
     }
+}
+
+/// What can be said of prompts before there is a tokenizer: a token is about four bytes of text. A wrong guess costs the time of
+/// loading a program that is not used.
+fn expected(args: &Args, chat: bool) -> Expected {
+    let file = |path: &PathBuf| std::fs::metadata(path).map_or(0, |m| m.len() as usize);
+    let texts = args.prompt.iter().map(String::len).chain(args.prompt_file.iter().chain(&args.messages).map(file));
+    // Turns are marked by a few tokens.
+    let of_text = texts.map(|bytes| bytes.div_ceil(4) + if chat { 8 } else { 1 });
+    let given = args.tokens.iter().map(|list| list.split(',').count());
+    let sizes: Vec<usize> = of_text.chain(given).collect();
+    Expected { sequences: sizes.len().max(1), tokens: sizes.into_iter().max().unwrap_or(1) }
 }
 
 /// Every prompt, in the order of the options.

@@ -1,19 +1,19 @@
 //! What `generate`, `chat` and `score` have in common: a model with its tokenizer, template and settings.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, OnceLock};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use config::{Config, Filter, SamplingStrategy, Sources};
 use engine::data::{BYTES, Tokenizer};
-use engine::decode::{DecodeOptions, Decoder, Quantization};
+use engine::decode::{DecodeOptions, Decoder, MAX_CONTEXT, Quantization};
 use engine::generate::chat::{ChatTemplate, Conversation};
 use engine::generate::{GenerationConfig, LanguageModel, Sampling, Uncached};
 use engine::{Model, Runtime};
 use serde_json::Value;
 use tensor::DType;
 
-use super::super::{ArchArgs, Failure};
+use super::super::{ArchArgs, EngineArgs, Failure};
 use crate::ui::{Ui, bytes, seconds};
 
 /// How a model reads and computes.
@@ -52,6 +52,13 @@ pub(crate) struct Setup {
 impl ModelArgs {
     /// Opens a model, and its tokenizer if there is one.
     pub(crate) fn open(&self, ui: &Ui, path: &Path, arch: &ArchArgs) -> Result<Setup, Failure> {
+        let mut setup = self.open_weights(ui, path, arch)?;
+        self.read_tokenizer(&mut setup, path)?;
+        Ok(setup)
+    }
+
+    /// Opens a model, which is quick, and leaves its tokenizer for later.
+    pub(crate) fn open_weights(&self, ui: &Ui, path: &Path, arch: &ArchArgs) -> Result<Setup, Failure> {
         let keys = keys(arch)?;
         for note in keys.iter().flat_map(Config::notes) {
             ui.say(format!("note: {note}"));
@@ -59,25 +66,31 @@ impl ModelArgs {
         let model = Arc::new(arch.open(ui, path, None)?);
         let weights = model.weights();
         let settings = GenerationConfig::new(weights.generation_config.as_ref(), &weights.config)?;
-        let of_key = keys.as_ref().map(|k| k.data.tokenizer_path.clone()).filter(|path| !path.is_empty());
+        let stored = weights.main_dtype();
+        let auto = if stored == DType::BF16 { DType::BF16 } else { DType::F32 };
+        Ok(Setup { model, tokenizer: None, settings, dtype: self.dtype.0.unwrap_or(auto), keys })
+    }
+
+    /// Reads the tokenizer, if there is one.
+    pub(crate) fn read_tokenizer(&self, setup: &mut Setup, path: &Path) -> Result<(), Failure> {
+        let of_key = setup.keys.as_ref().map(|k| k.data.tokenizer_path.clone()).filter(|path| !path.is_empty());
         let tokenizer = match self.tokenizer.clone().or(of_key) {
             Some(given) => Some(Tokenizer::open(&given, None)?),
             None if path.join("tokenizer.json").is_file() => Some(Tokenizer::from_path(path)?),
             None => None,
         };
         if let Some(t) = &tokenizer
-            && t.largest_id() as usize >= model.arch().vocab_size()
+            && t.largest_id() as usize >= setup.model.arch().vocab_size()
         {
             return Err(Failure::usage(format!(
                 "{}: its largest id is {}, the model knows {} tokens",
                 t.name(),
                 t.largest_id(),
-                model.arch().vocab_size()
+                setup.model.arch().vocab_size()
             )));
         }
-        let stored = weights.main_dtype();
-        let auto = if stored == DType::BF16 { DType::BF16 } else { DType::F32 };
-        Ok(Setup { model, tokenizer, settings, dtype: self.dtype.0.unwrap_or(auto), keys })
+        setup.tokenizer = tokenizer;
+        Ok(())
     }
 }
 
@@ -280,36 +293,70 @@ pub(crate) struct DecodeArgs {
     quantize: Option<Quantization>,
 }
 
+/// What is known of prompts before they are read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Expected {
+    /// Prompts side by side.
+    pub(crate) sequences: usize,
+    /// Tokens of the longest, about.
+    pub(crate) tokens: usize,
+}
+
 impl DecodeArgs {
-    /// The model on the device, ready to be fed prompts of about `prompt` tokens.
+    /// Starts the engine, puts it into `runtime`, and makes the model ready for such prompts: what takes longest before a first
+    /// token, so that a tokenizer is read meanwhile. `None`: the model is not decoded over a cache.
+    pub(crate) fn begin<'r>(
+        &self,
+        ui: &Ui,
+        engine: &EngineArgs,
+        runtime: &'r OnceLock<Runtime>,
+        (model, dtype): (&Arc<Model>, DType),
+        expected: Expected,
+    ) -> Result<Option<Decoder<'r>>, Failure> {
+        let started = engine.start(ui)?;
+        let runtime = runtime.get_or_init(|| started);
+        if self.no_kv_cache {
+            return Ok(None);
+        }
+        let mut decoder =
+            Decoder::new(runtime, Arc::clone(model), self.options(dtype, expected.sequences, MAX_CONTEXT))?;
+        decoder.prepare_prompt(expected.tokens)?;
+        Ok(Some(decoder))
+    }
+
+    fn options(&self, dtype: DType, sequences: usize, context: usize) -> DecodeOptions {
+        DecodeOptions { sequences, context, dtype, quantize: self.quantize, ..DecodeOptions::default() }
+    }
+
+    /// The model on the device, ready to be fed prompts of about so many tokens; `begun` is what [`DecodeArgs::begin`] gave, at
+    /// `since`.
     pub(crate) fn start<'r>(
         &self,
         ui: &Ui,
         runtime: &'r Runtime,
         setup: &Setup,
-        sequences: usize,
-        context: usize,
-        prompt: usize,
+        begun: Option<Decoder<'r>>,
+        (expected, context, since): (Expected, usize, Instant),
     ) -> Result<Box<dyn LanguageModel + 'r>, Failure> {
         if self.no_kv_cache {
             let session = super::super::verify::place(ui, runtime, &setup.model, setup.dtype)?;
-            return Ok(Box::new(Uncached::new(session, sequences, context)));
+            return Ok(Box::new(Uncached::new(session, expected.sequences, context)));
         }
-        let options = DecodeOptions {
-            sequences,
-            context,
-            dtype: setup.dtype,
-            quantize: self.quantize,
-            ..DecodeOptions::default()
-        };
         let spinner = ui.spinner("placing weights, compiling");
-        let mut decoder = Decoder::new(runtime, setup.model.clone(), options)?;
-        let took = decoder.prepare_prompt(prompt)?;
+        let begun = begun.and_then(|mut decoder| decoder.set_context(context).then_some(decoder));
+        let mut decoder = match begun {
+            Some(decoder) => decoder,
+            None => {
+                let options = self.options(setup.dtype, expected.sequences, context);
+                Decoder::new(runtime, Arc::clone(&setup.model), options)?
+            }
+        };
+        decoder.prepare_prompt(expected.tokens)?;
         spinner.finish_and_clear();
         let (placed, times) = (decoder.placed(), decoder.compile_times());
         ui.say(format!(
             "ready in {}: {} of weights used in place in the file, {} copied to aligned memory; {} programs, {} from the cache",
-            seconds(took),
+            seconds(since.elapsed()),
             bytes(placed.mapped_bytes as u64),
             bytes(placed.copied_bytes as u64),
             times.programs,
@@ -317,4 +364,18 @@ impl DecodeArgs {
         ));
         Ok(Box::new(decoder))
     }
+}
+
+/// Does `begin` on another thread while `read` is done here; the error of `read` comes first.
+pub(crate) fn side_by_side<A: Send, B>(
+    begin: impl FnOnce() -> Result<A, Failure> + Send,
+    read: impl FnOnce() -> Result<B, Failure>,
+) -> Result<(A, B), Failure> {
+    std::thread::scope(|scope| {
+        let begun = std::thread::Builder::new().name("begin".to_owned()).spawn_scoped(scope, begin)?;
+        let read = read();
+        let begun = begun.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let read = read?;
+        Ok((begun?, read))
+    })
 }
