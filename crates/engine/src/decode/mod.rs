@@ -285,10 +285,10 @@ impl<'r> Decoder<'r> {
         let start = std::time::Instant::now();
         let wanted = self.for_prompt(tokens)?;
         let step = self.cached_options(1, true, true);
+        self.compile(&wanted)?;
         if !wanted.contains(&step) {
             self.programs.begin(self.runtime.compiler(), &self.model, step, self.stored());
         }
-        self.compile(&wanted)?;
         Ok(start.elapsed())
     }
 
