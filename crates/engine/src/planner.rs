@@ -14,9 +14,9 @@ use crate::train::TrainError;
 use crate::train::plan::Plan;
 use crate::train::step::PerLayerTable;
 
-/// Bytes of a planned step on one device.
+/// Bytes of a planned step on one device, of a machine if that is known.
 #[must_use]
-pub fn memory_of(plan: &Plan) -> Memory {
+pub fn memory_of(plan: &Plan, machine: Option<&Machine>) -> Memory {
     let o = &plan.step;
     let moments: usize = o.update.moment_dtypes().iter().map(|(_, d)| d.size()).sum();
     let shape = StepShape {
@@ -32,6 +32,7 @@ pub fn memory_of(plan: &Plan) -> Memory {
             // The rows of a batch are a small table on the device.
             PerLayerTable::Device | PerLayerTable::HostTrained => None,
         },
+        tiles: machine.and_then(|m| m.target.tiles()),
     };
     memory(&plan.arch, &plan.layout, &shape, &|s: &Slot| {
         let role = plan.role(s);
@@ -45,7 +46,7 @@ const PROGRAM_BYTES: u64 = 300_000_000;
 /// The same, line by line, with what the process takes besides.
 #[must_use]
 pub fn memory_rows(plan: &Plan) -> Vec<MemoryRow<'static>> {
-    let m = memory_of(plan);
+    let m = memory_of(plan, None);
     let (phase, parts) = m.busiest();
     let when = match phase {
         Phase::Head => "in the loss, when most is needed",
@@ -174,7 +175,12 @@ impl Figures {
             let sent = traffic.total();
             (sent * (1.0 - across) / m.target.link).max(sent * across / m.target.network)
         });
-        Figures { memory: memory_of(plan), traffic, compute: rate.map(|r| plan.flops.total * again / r), collectives }
+        Figures {
+            memory: memory_of(plan, machine),
+            traffic,
+            compute: rate.map(|r| plan.flops.total * again / r),
+            collectives,
+        }
     }
 }
 
@@ -271,7 +277,7 @@ mod tests {
         let (config, arch) = config(E2B);
         let shape = MeshShape { ici: [1, 8, 1, 1, 1, 1], dcn: [1; 6] };
         let plan = Plan::on(&config, arch, &shape).unwrap();
-        let (traffic, memory) = (Traffic::of(&plan), memory_of(&plan));
+        let (traffic, memory) = (Traffic::of(&plan), memory_of(&plan, None));
         for (planned, compiled) in [
             (traffic.gather, 7_273_742_336.0),
             (traffic.scatter, 4_693_721_088.0),
@@ -282,11 +288,37 @@ mod tests {
         }
     }
 
+    /// `lapidary compile --topology ...` of the same configurations (docs/guide/plan.md): bytes at the peak.
+    #[test]
+    fn memory_follows_programs_for_tpus() {
+        let of = |topology: &str, words: &[&str]| {
+            let (config, arch) = config(words);
+            let machine: Machine = topology.parse().unwrap();
+            let shape = MeshShape { ici: [1, machine.devices(), 1, 1, 1, 1], dcn: [1; 6] };
+            memory_of(&Plan::on(&config, arch, &shape).unwrap(), Some(&machine))
+        };
+        let with = |name: &str, key: &str, value: &str| -> Vec<String> {
+            let words = E2B.iter().map(|w| w.replace("gemma4-e2b", name));
+            words.filter(|w| !w.starts_with(key)).chain([format!("{key}={value}")]).collect()
+        };
+        for (topology, words, compiled) in [
+            ("v5e:4x4", with("gemma4-e2b", "per_device_batch_size", "1"), 12_336_274_432.0),
+            ("v5e:4x4", with("gemma4-e2b", "per_device_batch_size", "2"), 14_377_606_144.0),
+            ("v5e:4x4", with("gemma4-e4b", "per_device_batch_size", "1"), 15_056_325_632.0),
+        ] {
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            let m = of(topology, &words);
+            assert!((m.total() as f64 / compiled - 1.0).abs() < 0.05, "{words:?}: {} {compiled}", m.total());
+            // Without tiles there is nothing to copy.
+            assert_eq!(of("h100:2x8", &words).copies, 0);
+        }
+    }
+
     #[test]
     fn arguments_are_exact_and_policies_order() {
         let (c, arch) = config(E2B);
         let plan = Plan::new(&c, arch).unwrap();
-        let m = memory_of(&plan);
+        let m = memory_of(&plan, None);
         assert_eq!(m.parameters, plan.counts.trainable * 4 + (plan.counts.total - plan.counts.trainable) * 2);
         assert_eq!(m.optimizer, plan.counts.trainable * 8);
         let kept = |policy: &str| {
@@ -294,7 +326,7 @@ mod tests {
             // Said once: the last entry of the list is the policy.
             let words = [&E2B[..E2B.len() - 1], &[&policy]].concat();
             let (c, arch) = config(&words);
-            memory_of(&Plan::new(&c, arch).unwrap()).kept
+            memory_of(&Plan::new(&c, arch).unwrap(), None).kept
         };
         assert!(kept("full") < kept("save_qkv_proj") && kept("save_qkv_proj") < kept("minimal"));
     }

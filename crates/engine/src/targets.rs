@@ -5,6 +5,7 @@
 
 use std::fmt::Write as _;
 
+use gemma4::memory::Tiles;
 use pjrt::NamedValue;
 
 use crate::peak;
@@ -188,6 +189,13 @@ pub const TARGETS: &[Target] = &[
 ];
 
 impl Target {
+    /// How arrays lie, where that costs memory. Not on v6e and v5p, whose tables are looked up by cores of their own, which v5e has
+    /// none of.
+    #[must_use]
+    pub fn tiles(&self) -> Option<Tiles> {
+        (self.name == "v5e").then_some(Tiles { lanes: 128, memory: self.memory })
+    }
+
     /// The peak rate of products in a dtype, in FLOP/s.
     #[must_use]
     pub fn flops_per_second(&self, dtype: &str) -> Option<f64> {

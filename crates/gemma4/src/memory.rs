@@ -45,6 +45,29 @@ pub struct StepShape<'a> {
     pub blocks: usize,
     /// Dtype of per-layer rows that the host hands in; `None`: their table is a parameter.
     pub host_rows: Option<DType>,
+    /// How the device lays arrays out, where that costs memory.
+    pub tiles: Option<Tiles>,
+}
+
+/// A device whose arrays lie in tiles, as a TPU's.
+///
+/// A table's part whose rows are no multiple of the lanes lies on its side where it is stored, which wastes nothing. Its
+/// gradient is summed up row by row, and the update follows the gradient's layout: state that lies on its side is copied first, padded.
+/// Such a copy depends on nothing, and the compiler makes it at the beginning of the step as long as there is room, else in the
+/// update. (Read off the buffers of E2B and E4B compiled for v5e: `docs/guide/plan.md`.)
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tiles {
+    /// Elements of a tile's row.
+    pub lanes: usize,
+    /// Bytes of the device.
+    pub memory: u64,
+}
+
+impl Tiles {
+    /// Bytes up to which the compiler begins with copies. A sixth of the memory stays free, or less where it cannot be helped.
+    fn comfortable(self) -> u64 {
+        self.memory / 6 * 5
+    }
 }
 
 /// Bytes on one device.
@@ -73,6 +96,8 @@ pub struct Memory {
     pub head_table: u64,
     /// Per-layer table on the device: rows and their gradient.
     pub per_layer: u64,
+    /// Copies of the tables' parameters and moments in the layout of the update, see [`Tiles`].
+    pub copies: u64,
 }
 
 /// Parts of a step that need memory of their own.
@@ -103,7 +128,12 @@ impl Memory {
     /// update, when all gradients are there.
     #[must_use]
     pub fn busiest(&self) -> (Phase, Vec<(&'static str, u64)>) {
-        let kept = [("rounded weights", self.rounded), ("kept", self.kept), ("per-layer rows", self.per_layer)];
+        let kept = [
+            ("rounded weights", self.rounded),
+            ("kept", self.kept),
+            ("per-layer rows", self.per_layer),
+            ("tables in another layout", self.copies),
+        ];
         // The table's gradient waits in the layers until it is summed over devices.
         let table = ("head's table", self.head_table);
         let head = kept.into_iter().chain([("logits", self.head), table]).collect();
@@ -176,6 +206,9 @@ pub fn memory(arch: &Arch, layout: &Layout, shape: &StepShape<'_>, of: &dyn Fn(&
     m.head = c.head();
     m.head_table = c.head_table(of);
     m.per_layer = c.per_layer();
+    if let Some(tiles) = shape.tiles {
+        m.copies = c.copies(tiles, of).min(tiles.comfortable().saturating_sub(m.total()));
+    }
     m
 }
 
@@ -185,13 +218,33 @@ impl Counter<'_> {
         self.layout.slots().iter().filter(move |s| !host || s.spec().name != EMBED_TOKENS_PER_LAYER)
     }
 
-    /// Elements of a slot that one device holds.
-    fn part(&self, slot: &Slot) -> u64 {
-        let part = match (&slot.sharding, self.partition) {
+    /// What one device holds of a slot.
+    fn part_shape(&self, slot: &Slot) -> Shape {
+        match (&slot.sharding, self.partition) {
             (Some(s), Some(p)) => s.shard_shape(p.mesh(), &slot.shape).unwrap_or_else(|_| slot.shape.clone()),
             _ => slot.shape.clone(),
-        };
-        part.elements() as u64
+        }
+    }
+
+    /// Elements of a slot that one device holds.
+    fn part(&self, slot: &Slot) -> u64 {
+        self.part_shape(slot).elements() as u64
+    }
+
+    /// Parameters and moments of trained tables that lie on their side, padded as the update has them.
+    fn copies(&self, tiles: Tiles, of: &dyn Fn(&Slot) -> SlotUse) -> u64 {
+        let table = |s: &&Slot| [EMBED_TOKENS, EMBED_TOKENS_PER_LAYER].contains(&&*s.spec().name) && of(s).trained;
+        self.slots()
+            .filter(table)
+            .filter_map(|slot| {
+                let &[rows, columns] = self.part_shape(slot).dims() else { return None };
+                // On its side it must be without waste itself.
+                let lies = !columns.is_multiple_of(tiles.lanes) && rows.is_multiple_of(tiles.lanes);
+                let u = of(slot);
+                let each = (rows * columns.next_multiple_of(tiles.lanes)) as u64;
+                lies.then_some(each * (u.dtype.size() + u.moments) as u64)
+            })
+            .sum()
     }
 
     /// Elements of an activation that one device holds.
