@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 
-use gemma4::memory::Tiles;
+use gemma4::memory::Compiler;
 use pjrt::NamedValue;
 
 use crate::peak;
@@ -39,6 +39,8 @@ enum Kind {
     Tpu {
         accelerator: &'static str,
         cores: usize,
+        /// See [`Compiler::Tiles`].
+        fills: Option<u64>,
     },
     Gpu(Gpu),
 }
@@ -82,7 +84,9 @@ pub const TARGETS: &[Target] = &[
         link: 200e9,
         network: 3.1e9,
         source: TPU,
-        kind: Kind::Tpu { accelerator: "v5litepod", cores: 1 },
+        // Of 16 GiB, 15.75 are for programs. Gathers are not asynchronous on this generation unless flags ask for it; of 8 programs
+        // compiled for it, 7 had copies made early, of 6 for v6e and v5p one (docs/guide/plan.md).
+        kind: Kind::Tpu { accelerator: "v5litepod", cores: 1, fills: Some(63 * GIB / 4) },
     },
     Target {
         name: "v6e",
@@ -93,7 +97,7 @@ pub const TARGETS: &[Target] = &[
         link: 400e9,
         network: 12.5e9,
         source: TPU,
-        kind: Kind::Tpu { accelerator: "v6e", cores: 1 },
+        kind: Kind::Tpu { accelerator: "v6e", cores: 1, fills: None },
     },
     Target {
         name: "v5p",
@@ -104,7 +108,7 @@ pub const TARGETS: &[Target] = &[
         link: 600e9,
         network: 6.25e9,
         source: TPU,
-        kind: Kind::Tpu { accelerator: "v5p", cores: 2 },
+        kind: Kind::Tpu { accelerator: "v5p", cores: 2, fills: None },
     },
     Target {
         name: "h100",
@@ -189,17 +193,19 @@ pub const TARGETS: &[Target] = &[
 ];
 
 impl Target {
-    /// How arrays lie, where that costs memory. Not on v6e and v5p, whose tables are looked up by cores of their own, which v5e has
-    /// none of.
-    #[must_use]
-    pub fn tiles(&self) -> Option<Tiles> {
-        (self.name == "v5e").then_some(Tiles { lanes: 128, memory: self.memory })
-    }
-
     /// The peak rate of products in a dtype, in FLOP/s.
     #[must_use]
     pub fn flops_per_second(&self, dtype: &str) -> Option<f64> {
         peak::find(self.peak?)?.flops_per_second(dtype)
+    }
+
+    /// How its compiler treats arrays.
+    #[must_use]
+    pub fn compiler(&self) -> Compiler {
+        match self.kind {
+            Kind::Tpu { fills, .. } => Compiler::Tiles { fills },
+            Kind::Cpu | Kind::Gpu(_) => Compiler::Rows,
+        }
     }
 }
 
@@ -288,7 +294,7 @@ impl Machine {
     /// Environment variables that the plugin reads when it is loaded and that it needs for absent devices.
     #[must_use]
     pub fn environment(&self) -> Vec<(&'static str, String)> {
-        let Kind::Tpu { accelerator, cores } = self.target.kind else { return Vec::new() };
+        let Kind::Tpu { accelerator, cores, .. } = self.target.kind else { return Vec::new() };
         let text = |s: &str| s.to_owned();
         vec![
             // Otherwise the plugin asks a metadata server of Google Cloud, for minutes.

@@ -3,7 +3,8 @@
 //! What a program takes and gives ([`Memory::arguments`]) is exact. What it needs meanwhile ([`Memory::temporaries`]) follows
 //! from what the gradient keeps and from the largest working set: of a layer, of the head's blocks, of the update. Compilers
 //! reuse memory and pad shapes in ways of their own; the counts of simultaneous values in `working` were set by looking at
-//! compiled programs (`lapidary compile`), and `docs/guide/plan.md` tells how far off the sums are.
+//! compiled programs (`lapidary compile`), and `docs/guide/plan.md` tells how far off the sums are. Where compilers for different
+//! devices differ by gigabytes, [`Compiler`] says so.
 
 use tensor::{DType, Shape};
 
@@ -26,6 +27,27 @@ pub struct SlotUse {
     pub moments: usize,
 }
 
+/// What compilers for a kind of device do with arrays.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Compiler {
+    /// CPUs and GPUs: arrays lie as the program says.
+    #[default]
+    Rows,
+    /// TPUs: arrays lie in tiles, which for a narrow part of a table costs copies of it and of its moments ([`Memory::relaid`]).
+    Tiles {
+        /// Bytes that programs can use, where the compiler makes those copies as early as they fit; `None`: as late as possible.
+        fills: Option<u64>,
+    },
+}
+
+impl Compiler {
+    /// The scheduler's limits in percent of the bytes that programs can use: the one it starts with, and, when that does not
+    /// suffice for what it would like, the one it tries again with.
+    const LIMITS: [u64; 2] = [95, 95 * 9 / 10];
+    /// Columns of a tile.
+    const TILE: usize = 128;
+}
+
 /// A step, as far as memory is concerned.
 #[derive(Debug, Clone)]
 pub struct StepShape<'a> {
@@ -45,29 +67,8 @@ pub struct StepShape<'a> {
     pub blocks: usize,
     /// Dtype of per-layer rows that the host hands in; `None`: their table is a parameter.
     pub host_rows: Option<DType>,
-    /// How the device lays arrays out, where that costs memory.
-    pub tiles: Option<Tiles>,
-}
-
-/// A device whose arrays lie in tiles, as a TPU's.
-///
-/// A table's part whose rows are no multiple of the lanes lies on its side where it is stored, which wastes nothing. Its
-/// gradient is summed up row by row, and the update follows the gradient's layout: state that lies on its side is copied first, padded.
-/// Such a copy depends on nothing, and the compiler makes it at the beginning of the step as long as there is room, else in the
-/// update. (Read off the buffers of E2B and E4B compiled for v5e: `docs/guide/plan.md`.)
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Tiles {
-    /// Elements of a tile's row.
-    pub lanes: usize,
-    /// Bytes of the device.
-    pub memory: u64,
-}
-
-impl Tiles {
-    /// Bytes up to which the compiler begins with copies. A sixth of the memory stays free, or less where it cannot be helped.
-    fn comfortable(self) -> u64 {
-        self.memory / 6 * 5
-    }
+    /// Who compiles it.
+    pub compiler: Compiler,
 }
 
 /// Bytes on one device.
@@ -94,10 +95,19 @@ pub struct Memory {
     pub head: u64,
     /// The head's table as it is used, in the activation dtype, and its gradient before it is summed over devices.
     pub head_table: u64,
+    /// What of the head's table waits in the layers until it is summed over devices.
+    pub waiting: u64,
+    /// The head's gradient once more while it is summed: TPUs sum it whole, into another array.
+    pub summed: u64,
     /// Per-layer table on the device: rows and their gradient.
     pub per_layer: u64,
-    /// Copies of the tables' parameters and moments in the layout of the update, see [`Tiles`].
-    pub copies: u64,
+    /// On TPUs, copies of tables whose part has a number of columns that tiles do not divide. Such a part is stored with its
+    /// rows in the tiles' columns, which pads least, while looking rows up and adding to them wants it the other way round.
+    pub relaid: u64,
+    /// The same of their moments, needed by the update alone.
+    pub relaid_moments: u64,
+    /// As much of [`Self::relaid_moments`] as the compiler has ready from the loss on.
+    pub early: u64,
 }
 
 /// Parts of a step that need memory of their own.
@@ -107,6 +117,8 @@ pub enum Phase {
     Head,
     /// The backward pass through the layers.
     Layers,
+    /// Sums of the tables' gradients over devices.
+    Tables,
     /// The optimizer.
     Update,
 }
@@ -128,22 +140,24 @@ impl Memory {
     /// update, when all gradients are there.
     #[must_use]
     pub fn busiest(&self) -> (Phase, Vec<(&'static str, u64)>) {
-        let kept = [
-            ("rounded weights", self.rounded),
-            ("kept", self.kept),
-            ("per-layer rows", self.per_layer),
-            ("tables in another layout", self.copies),
-        ];
-        // The table's gradient waits in the layers until it is summed over devices.
-        let table = ("head's table", self.head_table);
-        let head = kept.into_iter().chain([("logits", self.head), table]).collect();
+        let kept = [("rounded weights", self.rounded), ("kept", self.kept), ("per-layer rows", self.per_layer)];
+        let relaid = ("tables in tiles", self.relaid + self.early);
+        let head = kept.into_iter().chain([("logits", self.head), ("head's table", self.head_table), relaid]).collect();
+        let table = ("head's table", self.waiting);
         let layers =
-            kept.into_iter().chain([("gradients", self.gradients), ("one layer", self.layer), table]).collect();
-        let update = vec![("gradients", self.gradients), ("tables' gradients", self.tables)];
+            kept.into_iter().chain([("gradients", self.gradients), ("one layer", self.layer), table, relaid]).collect();
+        let mut gradients = vec![("gradients", self.gradients), ("tables' gradients", self.tables)];
+        let mut phases = vec![(Phase::Layers, layers)];
+        if self.summed > 0 {
+            let sums = [("per-layer rows", self.per_layer), ("head's table", self.waiting + self.summed), relaid];
+            phases.push((Phase::Tables, gradients.iter().copied().chain(sums).collect()));
+        }
+        gradients.push(("tables in tiles", self.relaid + self.relaid_moments));
+        phases.push((Phase::Update, gradients));
         let sum = |parts: &Vec<(&str, u64)>| parts.iter().map(|p| p.1).sum::<u64>();
         // Of phases that need the same, the first.
         let mut most = (Phase::Head, head);
-        for (phase, parts) in [(Phase::Layers, layers), (Phase::Update, update)] {
+        for (phase, parts) in phases {
             if sum(&parts) > sum(&most.1) {
                 most = (phase, parts);
             }
@@ -185,12 +199,16 @@ pub fn memory(arch: &Arch, layout: &Layout, shape: &StepShape<'_>, of: &dyn Fn(&
     let narrow = shape.dtype.size() as u64;
     for slot in c.slots() {
         let (n, u) = (c.part(slot), of(slot));
+        if let Some(tiled) = c.tiled(slot) {
+            m.relaid += tiled * u.dtype.size() as u64;
+            m.relaid_moments += if u.trained { tiled * u.moments as u64 } else { 0 };
+        }
         m.parameters += n * u.dtype.size() as u64;
         if u.trained {
             m.optimizer += n * u.moments as u64;
             let table = [EMBED_TOKENS, EMBED_TOKENS_PER_LAYER].contains(&&*slot.spec().name);
             match table {
-                true => m.tables += n * 4,
+                true => m.tables += c.tiled(slot).unwrap_or(n) * 4,
                 false => m.gradients += n * if shape.accumulation > 1 { 4 } else { narrow },
             }
         }
@@ -204,12 +222,24 @@ pub fn memory(arch: &Arch, layout: &Layout, shape: &StepShape<'_>, of: &dyn Fn(&
     m.kept = c.kept();
     m.layer = c.layers();
     m.head = c.head();
-    m.head_table = c.head_table(of);
+    let (rounded, gradient) = c.head_table(of);
+    m.head_table = rounded + gradient;
+    // TPUs are done with the rounded table before the layers.
+    m.waiting = if c.tiles() { gradient } else { m.head_table };
+    m.summed = if c.tiles() && c.partition.is_some() { gradient } else { 0 };
     m.per_layer = c.per_layer();
-    if let Some(tiles) = shape.tiles {
-        m.copies = c.copies(tiles, of).min(tiles.comfortable().saturating_sub(m.total()));
+    if let Compiler::Tiles { fills: Some(bytes) } = shape.compiler {
+        m.early = early(&m, bytes);
     }
     m
+}
+
+/// As much of the moments' copies as the scheduler makes early: all where that fits its limit; otherwise it lowers the limit and
+/// makes what fits that.
+fn early(m: &Memory, usable: u64) -> u64 {
+    let [first, second] = Compiler::LIMITS.map(|percent| usable / 100 * percent);
+    let all = Memory { early: m.relaid_moments, ..*m };
+    if all.total() <= first { m.relaid_moments } else { second.saturating_sub(m.total()).min(m.relaid_moments) }
 }
 
 impl Counter<'_> {
@@ -218,7 +248,11 @@ impl Counter<'_> {
         self.layout.slots().iter().filter(move |s| !host || s.spec().name != EMBED_TOKENS_PER_LAYER)
     }
 
-    /// What one device holds of a slot.
+    /// Elements of a slot that one device holds.
+    fn part(&self, slot: &Slot) -> u64 {
+        self.part_shape(slot).elements() as u64
+    }
+
     fn part_shape(&self, slot: &Slot) -> Shape {
         match (&slot.sharding, self.partition) {
             (Some(s), Some(p)) => s.shard_shape(p.mesh(), &slot.shape).unwrap_or_else(|_| slot.shape.clone()),
@@ -226,25 +260,19 @@ impl Counter<'_> {
         }
     }
 
-    /// Elements of a slot that one device holds.
-    fn part(&self, slot: &Slot) -> u64 {
-        self.part_shape(slot).elements() as u64
+    fn tiles(&self) -> bool {
+        matches!(self.shape.compiler, Compiler::Tiles { .. })
     }
 
-    /// Parameters and moments of trained tables that lie on their side, padded as the update has them.
-    fn copies(&self, tiles: Tiles, of: &dyn Fn(&Slot) -> SlotUse) -> u64 {
-        let table = |s: &&Slot| [EMBED_TOKENS, EMBED_TOKENS_PER_LAYER].contains(&&*s.spec().name) && of(s).trained;
-        self.slots()
-            .filter(table)
-            .filter_map(|slot| {
-                let &[rows, columns] = self.part_shape(slot).dims() else { return None };
-                // On its side it must be without waste itself.
-                let lies = !columns.is_multiple_of(tiles.lanes) && rows.is_multiple_of(tiles.lanes);
-                let u = of(slot);
-                let each = (rows * columns.next_multiple_of(tiles.lanes)) as u64;
-                lies.then_some(each * (u.dtype.size() + u.moments) as u64)
-            })
-            .sum()
+    /// Elements of a table's part in the order of its rows, padded to tiles, where it is stored otherwise.
+    fn tiled(&self, slot: &Slot) -> Option<u64> {
+        let table = [EMBED_TOKENS, EMBED_TOKENS_PER_LAYER].contains(&&*slot.spec().name);
+        if !table || !self.tiles() {
+            return None;
+        }
+        let columns = *self.part_shape(slot).dims().last()?;
+        let padded = columns.next_multiple_of(Compiler::TILE) as u64;
+        (padded > columns as u64).then(|| self.part(slot) / columns as u64 * padded)
     }
 
     /// Elements of an activation that one device holds.
@@ -367,15 +395,16 @@ impl Counter<'_> {
         block * self.activation(&[(axis::VOCAB, self.arch.vocab_size())]) * (4 + self.narrow())
     }
 
-    fn head_table(&self, of: &dyn Fn(&Slot) -> SlotUse) -> u64 {
-        let Some(slot) = self.slots().find(|s| s.spec().name == EMBED_TOKENS) else { return 0 };
+    /// The head's table as it is used, and its gradient.
+    fn head_table(&self, of: &dyn Fn(&Slot) -> SlotUse) -> (u64, u64) {
+        let Some(slot) = self.slots().find(|s| s.spec().name == EMBED_TOKENS) else { return (0, 0) };
         let whole = match (&slot.sharding, self.partition) {
             (Some(s), Some(p)) => p.gathered(s).shard_shape(p.mesh(), &slot.shape).map_or(0, |s| s.elements() as u64),
             _ => slot.shape.elements() as u64,
         };
         let as_stored = of(slot).dtype == self.shape.dtype && whole == self.part(slot);
         let rounded = if as_stored { 0 } else { whole * self.narrow() };
-        rounded + if of(slot).trained { whole * 4 } else { 0 }
+        (rounded, if of(slot).trained { whole * 4 } else { 0 })
     }
 
     /// Per-layer inputs, their gradient, and the rows of a table on the device.

@@ -148,7 +148,7 @@ impl Report<'_> {
 
     fn json(&self) -> Value {
         let (m, s) = (&self.figures.memory, &self.figures.stats);
-        let planned = memory_of(self.plan, Some(self.machine));
+        let planned = memory_of(self.plan, self.machine.target.compiler());
         let collectives: serde_json::Map<String, Value> = s
             .collectives
             .iter()
@@ -197,7 +197,7 @@ impl Report<'_> {
             size(m.temporary),
             size(m.generated_code)
         ));
-        let planned = memory_of(self.plan, Some(self.machine));
+        let planned = memory_of(self.plan, self.machine.target.compiler());
         let off = 100.0 * (planned.total() as f64 / self.peak().max(1) as f64 - 1.0);
         ui.data(format!(
             "planned      {} ({off:+.1} %): arguments {}, temporaries {}",

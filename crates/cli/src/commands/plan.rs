@@ -115,6 +115,7 @@ fn entry(c: &Candidate, fits: bool) -> Value {
                     "parameters": m.parameters, "optimizer": m.optimizer, "batch": m.batch, "gradients": m.gradients,
                     "table_gradients": m.tables, "rounded_weights": m.rounded, "kept_activations": m.kept,
                     "layer": m.layer, "logits": m.head, "head_table": m.head_table, "per_layer_inputs": m.per_layer,
+                    "tables_in_tiles": m.relaid + m.early,
                     "arguments": m.arguments(), "temporaries": m.temporaries(), "total": m.total(),
                 },
                 "sent": f.traffic, "sent_total": f.traffic.total(),
