@@ -19,6 +19,8 @@ use pjrt::ffi::{Attribute, Call, Handler, Input, Output};
 use pjrt::{Client, PjrtError};
 use tensor::DType;
 
+pub(crate) mod fused;
+
 /// The sessions that live, by number.
 static SESSIONS: OnceLock<RwLock<HashMap<i64, Arc<Used>>>> = OnceLock::new();
 static POOL: OnceLock<Pool> = OnceLock::new();
@@ -161,6 +163,7 @@ pub fn register(client: &Client) -> Result<(), PjrtError> {
         client.register_handler::<MatrixProduct>()?;
         client.register_handler::<WholeAttention>()?;
         client.register_handler::<AttentionGradient>()?;
+        fused::register(client)?;
         done.push(plugin);
     }
     Ok(())

@@ -67,7 +67,7 @@ impl Case {
             dtype,
             remat,
             blocks,
-            called_attention: product_calls(dtype).is_some(),
+            called: product_calls(dtype).is_some(),
             z_loss: 0.0,
             gradient: HeadGradient::HiddenAndTable,
         };

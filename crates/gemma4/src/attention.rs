@@ -43,7 +43,7 @@ pub(crate) struct Sequence<'a> {
     pub(crate) heads: usize,
     pub(crate) dtype: DType,
     pub(crate) partition: Option<&'a Partition>,
-    /// Whether a function of the runtime computes attention of whole sequences, where one can.
+    /// Whether functions of the runtime compute norms and attention of whole sequences, where they can.
     pub(crate) called: bool,
 }
 
@@ -89,7 +89,7 @@ pub(crate) fn own_key_values(
     (k_raw, v_raw): (Value, Option<Value>),
     k_norm: Value,
     angles: &Angles,
-    (eps, partition): (f64, Option<&Partition>),
+    (eps, partition, called): (f64, Option<&Partition>, bool),
 ) -> Result<(KeyValues, (Value, Value))> {
     let projected = |x| projected(g, partition, x, (layer.kv_heads, axis::KV_HEADS));
     let (k_raw, v_raw) = (projected(k_raw)?, v_raw.map(projected).transpose()?);
@@ -98,9 +98,9 @@ pub(crate) fn own_key_values(
         Some(v_raw) => split_heads(g, g.named(v_raw, names::VALUE_PROJ)?, layer.kv_heads)?,
         None => k_raw,
     };
-    let k = rms_norm(g, k_raw, Some(k_norm), eps)?;
+    let k = rms_norm(g, k_raw, Some(k_norm), eps, called)?;
     // The value norm has no weight and values are not rotated.
-    let v = rms_norm(g, v_raw, None, eps)?;
+    let v = rms_norm(g, v_raw, None, eps, called)?;
     let keys = along(g, partition, g.transpose(angles.rotate(g, k)?, &[0, 2, 1, 3])?, axis::LENGTH)?;
     let values = along(g, partition, g.transpose(v, &[0, 2, 1, 3])?, axis::LENGTH)?;
     Ok((KeyValues { keys, values }, (k, v)))
@@ -122,7 +122,7 @@ pub(crate) fn attend(
     let (k, e) = (layer.kv_heads, layer.head_dim);
     let (heads, group) = (seq.heads, seq.heads / k);
     let q_raw = g.named(projected(g, seq.partition, q_raw, (heads, axis::HEADS))?, names::QUERY_PROJ)?;
-    let q = rms_norm(g, split_heads(g, q_raw, heads)?, Some(q_norm), seq.eps)?;
+    let q = rms_norm(g, split_heads(g, q_raw, heads)?, Some(q_norm), seq.eps, seq.called)?;
     // [b, t, k, g, e] -> [b, k, t, g, e]: query head h uses key/value head h / g
     let q_btkge = g.reshape(angles.rotate(g, q)?, [b, t, k, group, e])?;
     let q_bktge = g.transpose(q_btkge, &[0, 2, 1, 3, 4])?;

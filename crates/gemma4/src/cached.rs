@@ -272,7 +272,7 @@ impl Feed<'_> {
                 let projection = self.params.weight("per_layer_model_projection.weight", b * t, options.called_rows);
                 let [context] = products(g, self.params.session, embed, [projection], options.dtype)?;
                 let norm = self.params.values["per_layer_projection_norm.weight"];
-                Some(per_layer_inputs(g, p, context, rows, norm, spec)?)
+                Some(per_layer_inputs(g, p, context, rows, norm, (spec, false))?)
             }
             _ => None,
         };
@@ -288,7 +288,7 @@ impl Feed<'_> {
             let donor = match l.kv {
                 KvSource::Own => {
                     let w = self.weights(index, b * t);
-                    let a = rms_norm(g, stream.x, Some(w.get("input_layernorm.weight")), cx.eps)?;
+                    let a = rms_norm(g, stream.x, Some(w.get("input_layernorm.weight")), cx.eps, false)?;
                     let (new, _) = own(g, &cx, a, &w, &stream.angles.get(l.kind))?;
                     let (kept, visible) = self.write(index, l.kind, new)?;
                     written.extend([kept.keys, kept.values]);
@@ -317,7 +317,7 @@ impl Feed<'_> {
             let rows = g.dims(stream.x)[..2].iter().product();
             stream.x = layer(g, &cx, &input, &self.weights(index, rows))?.hidden;
         }
-        let x = rms_norm(g, stream.x, Some(self.params.values["norm.weight"]), spec.rms_norm_eps)?;
+        let x = rms_norm(g, stream.x, Some(self.params.values["norm.weight"]), spec.rms_norm_eps, false)?;
         let table = self.params.weight(EMBED_TOKENS, b, options.called_rows);
         let x = g.reshape(x, [b, spec.hidden_size])?;
         let [z] = products(g, self.params.session, x, [table], options.dtype)?;

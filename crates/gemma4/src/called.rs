@@ -1,5 +1,5 @@
-//! What functions of the runtime compute instead of the compiler: products with matrices that are outside of the program, and
-//! attention.
+//! What functions of the runtime compute instead of the compiler: products with matrices that are outside of the program,
+//! attention, and what would go through memory several times.
 
 use graph::{Graph, GraphError, TensorType, Value};
 use tensor::DType;
@@ -73,4 +73,82 @@ pub fn attention(
         Ok(y.into_iter().map(Some).chain([None; 4]).collect())
     };
     Ok(graph.custom_vjp(&inputs, forward, backward)?[0])
+}
+
+/// Names of the function that computes a norm, and of its gradient; see [`rms_norm`].
+pub const RMS_NORM: [&str; 2] = ["lapidary.rms_norm", "lapidary.rms_norm_gradient"];
+/// Names of the function that computes a gated GELU, and of its gradient; see [`gated_gelu`].
+pub const GATED_GELU: [&str; 2] = ["lapidary.gated_gelu", "lapidary.gated_gelu_gradient"];
+/// Name of the function that computes a loss; see [`cross_entropy`].
+pub const CROSS_ENTROPY: &str = "lapidary.cross_entropy";
+
+/// The bits of a number, as an attribute takes them.
+fn bits(v: f64) -> i64 {
+    v.to_bits().cast_signed()
+}
+
+/// RMS norm over the last axis, as [`crate::nn`] has it. The function gets `x`, the weight in f32 if there is one and the
+/// attribute `eps` (bits of an f64), and gives the norm and one f32 for each row, which the gradient gets after `x` and weight, and
+/// before the gradient by the norm. That gives the gradients by `x` and weight.
+///
+/// # Errors
+/// When shapes do not fit each other.
+#[track_caller]
+pub(crate) fn rms_norm(graph: &Graph, x: Value, weight: Option<Value>, eps: f64) -> Result<Value, GraphError> {
+    let attributes = [("eps", bits(eps))];
+    let weight_dtype = weight.map_or(DType::F32, |w| graph.dtype(w));
+    let inputs: Vec<Value> = [x].into_iter().chain(weight).collect();
+    let wide = |g: &Graph, v: &[Value]| -> Result<Vec<Value>, GraphError> {
+        v.iter().enumerate().map(|(i, &v)| if i == 1 { g.convert(v, DType::F32) } else { Ok(v) }).collect()
+    };
+    let forward = |g: &Graph, v: &[Value]| {
+        let mut rows = g.dims(v[0]);
+        rows.pop();
+        let y =
+            g.custom_call(RMS_NORM[0], &wide(g, v)?, &[g.ty(v[0]), TensorType::new(DType::F32, rows)], &attributes)?;
+        Ok((vec![y[0]], vec![y[1]]))
+    };
+    let backward = |g: &Graph, v: &[Value], kept: &[Value], ct: &[Value]| {
+        let v = wide(g, v)?;
+        let given: Vec<Value> = v.iter().chain(kept).chain(ct).copied().collect();
+        let results: Vec<TensorType> = v.iter().map(|&v| g.ty(v)).collect();
+        let d = g.custom_call(RMS_NORM[1], &given, &results, &attributes)?;
+        d.into_iter().enumerate().map(|(i, d)| Ok(Some(if i == 1 { g.convert(d, weight_dtype)? } else { d }))).collect()
+    };
+    Ok(graph.custom_vjp(&inputs, forward, backward)?[0])
+}
+
+/// The gated GELU of `gate` and `up`, as [`crate::nn`] has it. The function of the gradient gets both and the gradient by the
+/// result, and gives the gradients by both.
+///
+/// # Errors
+/// When shapes differ.
+#[track_caller]
+pub(crate) fn gated_gelu(graph: &Graph, gate: Value, up: Value) -> Result<Value, GraphError> {
+    let forward = |g: &Graph, v: &[Value]| Ok((g.custom_call(GATED_GELU[0], v, &[g.ty(v[0])], &[])?, Vec::new()));
+    let backward = |g: &Graph, v: &[Value], _: &[Value], ct: &[Value]| {
+        let d = g.custom_call(GATED_GELU[1], &[v[0], v[1], ct[0]], &[g.ty(v[0]), g.ty(v[1])], &[])?;
+        Ok(d.into_iter().map(Some).collect())
+    };
+    Ok(graph.custom_vjp(&[gate, up], forward, backward)?[0])
+}
+
+/// Losses and z terms of logits `[c, v]` with targets and weights `[c]` (i32, f32), each f32 `[c]`, and the gradient of the sum of
+/// the losses by the logits. The attributes `capped` (0 or 1), `cap` and `z_loss` (bits of an f64) say how.
+///
+/// # Errors
+/// When operands are not arrays of so many dimensions.
+#[track_caller]
+pub(crate) fn cross_entropy(
+    graph: &Graph,
+    [logits, targets, weights]: [Value; 3],
+    cap: Option<f64>,
+    z_loss: f64,
+) -> Result<[Value; 3], GraphError> {
+    let row = graph.ty(weights);
+    let attributes =
+        [("capped", i64::from(cap.is_some())), ("cap", bits(cap.unwrap_or(0.0))), ("z_loss", bits(z_loss))];
+    let results = [row.clone(), row, graph.ty(logits)];
+    let y = graph.custom_call(CROSS_ENTROPY, &[logits, targets, weights], &results, &attributes)?;
+    Ok([y[0], y[1], y[2]])
 }

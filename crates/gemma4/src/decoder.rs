@@ -100,8 +100,8 @@ pub(crate) struct Decoder<'a> {
     pub(crate) weights: &'a Weights,
     pub(crate) dtype: DType,
     pub(crate) remat: LayerRemat,
-    /// See [`crate::loss::LossOptions::called_attention`].
-    pub(crate) called_attention: bool,
+    /// See [`crate::loss::LossOptions::called`].
+    pub(crate) called: bool,
 }
 
 /// Tokens as values of a graph.
@@ -169,7 +169,7 @@ impl Decoder<'_> {
                 Run::Loop { start, groups, period } => self.looped(start, groups, period, &mut state)?,
             }
         }
-        let last = rms_norm(g, state.x, Some(self.weights.stored("norm.weight")), spec.rms_norm_eps)?;
+        let last = rms_norm(g, state.x, Some(self.weights.stored("norm.weight")), spec.rms_norm_eps, self.called)?;
         Ok(Outputs { embed, ple, layers: state.outputs, last })
     }
 
@@ -188,7 +188,7 @@ impl Decoder<'_> {
         let tokens = |x: Value| self.constrain(x, &[axis::BATCH, axis::LENGTH, axis::WHOLE]);
         let context = tokens(project(g, x, projection, self.dtype)?)?;
         let norm = self.weights.stored("per_layer_projection_norm.weight");
-        let ple = per_layer_inputs(g, p, context, tokens(rows)?, norm, self.arch.spec())?;
+        let ple = per_layer_inputs(g, p, context, tokens(rows)?, norm, (self.arch.spec(), self.called))?;
         self.constrain(ple, &[axis::BATCH, axis::LENGTH, axis::WHOLE, axis::WHOLE])
     }
 
@@ -198,7 +198,7 @@ impl Decoder<'_> {
 
     fn context(&self, index: usize) -> LayerContext<'_> {
         let cx = LayerContext::new(self.arch, index, self.dtype, self.layout.partition());
-        LayerContext { called_attention: self.called_attention, ..cx }
+        LayerContext { called: self.called, ..cx }
     }
 
     /// The slots of the layer at `index`, with their parameters' names without `layers.N.`.

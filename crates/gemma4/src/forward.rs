@@ -109,7 +109,7 @@ pub fn forward_program(
     };
     let weights = inputs(&g, layout, body_params(arch), stored)?;
     let (dtype, remat) = (options.dtype, LayerRemat::Everything);
-    let decoder = Decoder { g: &g, arch, layout, weights: &weights, dtype, remat, called_attention: false };
+    let decoder = Decoder { g: &g, arch, layout, weights: &weights, dtype, remat, called: false };
     let out = decoder.run(&Tokens { ids, rows, segments, positions })?;
     emit(&g, &out, options.trace, &full)?;
     g.finish()

@@ -41,8 +41,8 @@ pub(crate) struct LayerContext<'a> {
     pub(crate) eps: f64,
     pub(crate) dtype: DType,
     pub(crate) partition: Option<&'a Partition>,
-    /// See [`crate::loss::LossOptions::called_attention`].
-    pub(crate) called_attention: bool,
+    /// See [`crate::loss::LossOptions::called`].
+    pub(crate) called: bool,
 }
 
 impl<'a> LayerContext<'a> {
@@ -56,7 +56,7 @@ impl<'a> LayerContext<'a> {
             eps: spec.rms_norm_eps,
             dtype,
             partition,
-            called_attention: false,
+            called: false,
         }
     }
 }
@@ -237,11 +237,11 @@ pub(crate) struct LayerOutputs {
 }
 
 pub(crate) fn layer(g: &Graph, cx: &LayerContext<'_>, input: &LayerInput, w: &LayerWeights) -> Result<LayerOutputs> {
-    let LayerContext { layer, dtype, eps, window, heads, partition, called_attention: called } = *cx;
+    let LayerContext { layer, dtype, eps, window, heads, partition, called } = *cx;
     let seq = Sequence { segments: input.segments, at: input.at, eps, window, heads, dtype, partition, called };
     let residual = |x: Value| constrain(g, partition, x, &[axis::BATCH, axis::NORM_LENGTH, axis::EMBED]);
     let inner = |x: Value| constrain(g, partition, x, &[axis::BATCH, axis::LENGTH, axis::MLP]);
-    let norm = |x: Value, s: &str| rms_norm(g, x, Some(w.get(s)), eps);
+    let norm = |x: Value, s: &str| rms_norm(g, x, Some(w.get(s)), eps, called);
 
     let x = g.named(input.x, names::DECODER_LAYER_INPUT)?;
     let a = norm(x, "input_layernorm.weight")?;
@@ -262,14 +262,14 @@ pub(crate) fn layer(g: &Graph, cx: &LayerContext<'_>, input: &LayerInput, w: &La
     let h = norm(x, "pre_feedforward_layernorm.weight")?;
     let [gate, up] = w.products(g, h, ["mlp.gate_proj.weight", "mlp.up_proj.weight"], dtype)?;
     let (gate, up) = (g.named(inner(gate)?, names::MLPWI_0)?, g.named(inner(up)?, names::MLPWI_1)?);
-    let [mlp] = w.products(g, gated_gelu(g, gate, up)?, ["mlp.down_proj.weight"], dtype)?;
+    let [mlp] = w.products(g, gated_gelu(g, gate, up, called)?, ["mlp.down_proj.weight"], dtype)?;
     let mlp = g.named(residual(mlp)?, names::MLPWO)?;
     let mut x = residual(g.add(x, norm(mlp, "post_feedforward_layernorm.weight")?)?)?;
 
     if let Some(ple) = input.ple {
         // The gate reads the residual stream un-normed.
         let [gate] = w.products(g, x, ["per_layer_input_gate.weight"], dtype)?;
-        let [y] = w.products(g, gated_gelu(g, gate, ple)?, ["per_layer_projection.weight"], dtype)?;
+        let [y] = w.products(g, gated_gelu(g, gate, ple, called)?, ["per_layer_projection.weight"], dtype)?;
         x = residual(g.add(x, norm(residual(y)?, "post_per_layer_input_norm.weight")?)?)?;
     }
     // The whole residual stream, after everything.
@@ -294,5 +294,5 @@ pub(crate) fn own(
         let [k, v] = w.products(g, a, [k, v], cx.dtype)?;
         (k, Some(v))
     };
-    own_key_values(g, &cx.layer, raw, w.get("self_attn.k_norm.weight"), angles, (cx.eps, cx.partition))
+    own_key_values(g, &cx.layer, raw, w.get("self_attn.k_norm.weight"), angles, (cx.eps, cx.partition, cx.called))
 }

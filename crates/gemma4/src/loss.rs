@@ -6,6 +6,7 @@ use graph::{Compare, DotDims, Graph, GraphError, Sharding, Value};
 use tensor::DType;
 
 use crate::Arch;
+use crate::called;
 use crate::decoder::{Decoder, LayerRemat, Tokens, Weights, lookup, spread};
 use crate::layout::Layout;
 use crate::nn::{Result, project, wide};
@@ -19,8 +20,9 @@ pub struct LossOptions {
     pub dtype: DType,
     /// What the gradient of a layer keeps.
     pub remat: LayerRemat,
-    /// Whether attention is a call of a function of the runtime ([`crate::called::attention`]) wherever it fits.
-    pub called_attention: bool,
+    /// Whether attention, norms, activations and the loss are calls of functions of the runtime ([`crate::called`]) wherever
+    /// they fit. For one device, in f32 or bf16.
+    pub called: bool,
     /// Blocks in which the rows go through head and cross-entropy; divides `b * t`.
     pub blocks: usize,
     /// Factor of the squared log-partition added to each token's loss.
@@ -109,7 +111,7 @@ pub fn loss_sums(
         weights: &weights,
         dtype: options.dtype,
         remat: options.remat.clone(),
-        called_attention: options.called_attention,
+        called: options.called,
     };
     let tokens = Tokens { ids: batch.ids, rows, segments: batch.segments, positions: batch.positions };
     let last = decoder.run(&tokens)?.last;
@@ -298,6 +300,12 @@ impl Head<'_> {
             }
             None => raw,
         };
+        if self.options.called && gradient != HeadGradient::None {
+            let cap = self.cap;
+            let [loss, z, d_raw] = called::cross_entropy(g, [raw, targets, counted], cap, z_loss)?;
+            let (total, z) = (g.reduce_sum(loss, &[0])?, g.reduce_sum(z, &[0])?);
+            return self.gradients(g, [total, z], d_raw, hidden, table);
+        }
         let raw = g.convert(raw, float)?;
         let (tanh, logits) = match self.cap {
             Some(cap) => {
@@ -338,7 +346,13 @@ impl Head<'_> {
         if let Some(t) = tanh {
             d_raw = g.mul(d_raw, g.add_scalar(g.neg(g.mul(t, t)?)?, 1.0)?)?;
         }
-        let d_raw = g.convert(d_raw, dtype)?;
+        self.gradients(g, [total, z_total], g.convert(d_raw, dtype)?, hidden, table)
+    }
+
+    /// What a block gives, from the gradient by its logits `[c, v]`.
+    fn gradients(&self, g: &Graph, [total, z]: [Value; 2], d_raw: Value, hidden: Value, table: Value) -> Result<Block> {
+        let LossOptions { dtype, gradient, .. } = *self.options;
+        let c = g.dims(hidden)[0];
         let product = |l: Value, r: Value, batch: &[usize], contract: [usize; 2]| {
             let dims = DotDims {
                 lhs_batch: batch.to_vec(),
@@ -358,6 +372,6 @@ impl Head<'_> {
             }
             _ => None,
         };
-        Ok(Block { total, z: z_total, d_hidden, d_table })
+        Ok(Block { total, z, d_hidden, d_table })
     }
 }

@@ -4,6 +4,7 @@ use graph::{Graph, GraphError, Value};
 use tensor::{DType, HostArray, Shape};
 
 use crate::arch::{ArchSpec, PerLayerInput, Rope};
+use crate::called;
 
 /// The dtype of statistics and transcendental functions: f32, or f64 in a run that carries f64 activations.
 pub(crate) fn wide(dtype: DType) -> DType {
@@ -16,7 +17,12 @@ pub(crate) type Result<T> = std::result::Result<T, GraphError>;
 /// The weight is used as stored, there is no "+ 1".
 ///
 /// The gradient keeps `x` and one number a row.
-pub(crate) fn rms_norm(g: &Graph, x: Value, weight: Option<Value>, eps: f64) -> Result<Value> {
+///
+/// Where it is `called`, a function of the runtime computes both.
+pub(crate) fn rms_norm(g: &Graph, x: Value, weight: Option<Value>, eps: f64, called: bool) -> Result<Value> {
+    if called {
+        return called::rms_norm(g, x, weight, eps);
+    }
     let dtype = g.dtype(x);
     let last = g.shape(x).rank() - 1;
     let width = g.dims(x)[last] as f64;
@@ -55,8 +61,11 @@ pub(crate) fn rms_norm(g: &Graph, x: Value, weight: Option<Value>, eps: f64) -> 
 
 /// `gelu_pytorch_tanh` of `gate`, rounded once as torch does inside its kernel, times `up`.
 ///
-/// The gradient keeps the two operands alone.
-pub(crate) fn gated_gelu(g: &Graph, gate: Value, up: Value) -> Result<Value> {
+/// The gradient keeps the two operands alone. Where it is `called`, a function of the runtime computes both.
+pub(crate) fn gated_gelu(g: &Graph, gate: Value, up: Value, called: bool) -> Result<Value> {
+    if called {
+        return called::gated_gelu(g, gate, up);
+    }
     const CUBIC: f64 = 0.044715;
     let dtype = g.dtype(gate);
     let slope = (2.0 / std::f64::consts::PI).sqrt();
@@ -115,13 +124,13 @@ pub(crate) fn per_layer_inputs(
     context: Value,
     rows: Value,
     norm: Value,
-    spec: &ArchSpec,
+    (spec, called): (&ArchSpec, bool),
 ) -> Result<Value> {
     let (d, dtype) = (g.dims(context), g.dtype(context));
     let shape = [d[0], d[1], spec.layer_kinds.len(), p.width];
     let tok = g.mul_scalar(g.convert(rows, dtype)?, f64::from((p.width as f32).sqrt()))?;
     let ctx = scale_f32(g, context, (spec.hidden_size as f64).powf(-0.5))?;
-    let ctx = rms_norm(g, g.reshape(ctx, shape)?, Some(norm), spec.rms_norm_eps)?;
+    let ctx = rms_norm(g, g.reshape(ctx, shape)?, Some(norm), spec.rms_norm_eps, called)?;
     scale_f32(g, g.add(ctx, g.reshape(tok, shape)?)?, 0.5f64.sqrt())
 }
 

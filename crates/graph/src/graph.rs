@@ -460,6 +460,27 @@ impl Graph {
         self.ty(v).shape.dims().to_vec()
     }
 
+    /// The value that a float was widened from, which is the same number; any other value is given back.
+    ///
+    /// # Panics
+    /// When the value belongs to another graph.
+    #[must_use]
+    #[track_caller]
+    pub fn before_widening(&self, v: Value) -> Value {
+        let wide = self.dtype(v);
+        let inner = self.inner.borrow();
+        let body = &inner.body;
+        let node = body.nodes.get(body.values[v.id.index()].node as usize).filter(|n| n.outputs.contains(&v.id));
+        match node.map(|n| (&n.op, &n.inputs[..])) {
+            Some((Op::Convert(_), &[from])) => {
+                let narrow = body.ty(from).dtype;
+                let is_same = narrow.is_float() && wide.is_float() && narrow.size() < wide.size();
+                if is_same { Value { id: from, ..v } } else { v }
+            }
+            _ => v,
+        }
+    }
+
     /// What was built so far.
     pub fn body(&self) -> Ref<'_, Body> {
         Ref::map(self.inner.borrow(), |i| &i.body)

@@ -247,6 +247,10 @@ pub(crate) fn infer(op: &Op, xs: &[&TensorType]) -> Result<Vec<TensorType>> {
             for t in &c.results {
                 one(t.clone())?;
             }
+            let same = |i: usize| xs.get(i).copied() == c.results.get(i) && c.results.get(i).is_some();
+            if let Some(i) = (0..c.in_place).find(|&i| !same(i)) {
+                return bad(format!("result {i} cannot take over the memory of an operand of another type"));
+            }
             Ok(c.results.clone())
         }
         Op::Scan(s) => scan(xs, s),

@@ -194,6 +194,8 @@ pub struct CustomCall {
     pub results: Vec<TensorType>,
     /// Integer attributes handed to the function.
     pub attributes: Vec<(String, i64)>,
+    /// Results, the first ones, that take over the memory of the operands at the same positions.
+    pub in_place: usize,
 }
 
 /// A loop of fixed length over a body.

@@ -252,6 +252,9 @@ fn structured() {
         Ok(e.g.custom_call("a", &[e.x], &[TensorType::new(DType::F32, [4])], &[("k", 1), ("k", 2)])?[0])
     });
     bad("at least one result", |e| Ok(e.g.custom_call("a", &[e.x], &[], &[])?[0]));
+    bad("of another type", |e| {
+        Ok(e.g.custom_call_in_place("a", &[e.x], 1, &[TensorType::new(DType::F32, [4])], &[])?[0])
+    });
     // Carry float32[3], scanned float32[2, 3], invariant float32[].
     good("float32[2, 3]", |e| {
         let c = e.g.reduce_sum(e.x, &[0])?;

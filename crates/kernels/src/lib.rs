@@ -28,6 +28,7 @@ mod attention;
 mod bandwidth;
 mod bytes;
 mod error;
+mod fused;
 mod gemm;
 mod level;
 mod matrix;
@@ -43,6 +44,10 @@ pub use attention::{Attention, Given, Operands, Places, attention, attention_gra
 pub use bandwidth::Reading;
 pub use bytes::Bytes;
 pub use error::KernelError;
+pub use fused::{
+    Adam, CrossEntropy, Losses, NormGradient, RmsNorm, State, adam, cross_entropy, gated_gelu, gated_gelu_gradient,
+    rms_norm, rms_norm_gradient, squares,
+};
 pub use gemm::{Product, has_bf16_products, has_wide_products, matmul};
 pub use level::Level;
 pub use matrix::{Format, Matrix};

@@ -56,7 +56,7 @@ pub struct Output<'a> {
     pub dtype: DType,
     /// Extents, outermost first.
     pub dims: &'a [i64],
-    /// The elements, row-major. What they hold before is of no meaning.
+    /// The elements, row-major. What they hold before is of no meaning, unless they take over an input's memory.
     pub bytes: &'a mut [u8],
 }
 
@@ -115,7 +115,7 @@ pub enum Attribute {
 
 /// One custom call.
 pub struct Call<'a> {
-    /// The inputs, in order.
+    /// The inputs, in order. One whose memory an output takes over has no bytes: its elements are those the output holds.
     pub inputs: Vec<Input<'a>>,
     /// The outputs, in order.
     pub outputs: Vec<Output<'a>>,
@@ -158,7 +158,13 @@ impl<'a> Call<'a> {
             // SAFETY: as above.
             let (dtype, dims, data, len) = unsafe { describe(&*result.cast()) }?;
             let range = data as usize..data as usize + len;
-            if taken.iter().any(|t| t.start < range.end && range.start < t.end) {
+            let overlaps = |t: &Range<usize>| t.start < range.end && range.start < t.end;
+            // Memory that is taken over as a whole.
+            if let Some(i) = taken[..inputs.len()].iter().position(|t| *t == range && len > 0) {
+                inputs[i].bytes = &[];
+                taken[i] = 0..0;
+            }
+            if taken.iter().any(overlaps) {
                 return Err("an output shares memory with an input or another output".to_owned());
             }
             taken.push(range);

@@ -103,7 +103,7 @@ impl<'r> Device<'r> {
         let start = std::time::Instant::now();
         let client = runtime.client();
         let mut plan = plan;
-        plan.step.loss.called_attention = product_calls(runtime, &plan).is_some();
+        plan.step.loss.called = product_calls(runtime, &plan).is_some();
         let mesh = plan.layout.mesh();
         let several = peers.is_some();
         // Without them the program sums.

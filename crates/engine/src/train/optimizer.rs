@@ -1,9 +1,10 @@
 //! The update of one parameter, as ops of the step's program. Everything is computed in f32.
 
-use graph::{Compare, Graph, GraphError, Value};
+use graph::{Compare, Graph, GraphError, TensorType, Value};
 use tensor::DType;
 
 use super::step::names::{MU, NU};
+use crate::kernels::fused::{ADAM, SQUARES};
 
 type Result<T> = std::result::Result<T, GraphError>;
 
@@ -88,6 +89,42 @@ impl Update {
     }
 }
 
+/// What a step makes of a parameter.
+pub(crate) struct Updated {
+    pub(crate) parameter: Value,
+    pub(crate) moments: Moments,
+    /// Sum of squares of the parameter, where it is known already.
+    pub(crate) square: Option<Value>,
+}
+
+/// The same by a function of the runtime, which goes through memory once, if it can.
+fn called(
+    g: &Graph,
+    rule: &Rule,
+    [p, grad]: [Value; 2],
+    moments: &Moments,
+    [factor, scalars]: [Value; 2],
+    decayed: bool,
+) -> Result<Option<Updated>> {
+    let (Rule::AdamW(a), &Moments { mu: Some(mu), nu: Some(nu) }) = (rule, moments) else { return Ok(None) };
+    if [p, mu, nu].iter().any(|&v| g.dtype(v) != DType::F32) {
+        return Ok(None);
+    }
+    let bits = |v: f64| v.to_bits().cast_signed();
+    let attributes = [
+        ("b1", bits(a.b1)),
+        ("b2", bits(a.b2)),
+        ("eps", bits(a.eps)),
+        ("eps_root", bits(a.eps_root)),
+        ("weight_decay", bits(if decayed { a.weight_decay } else { 0.0 })),
+    ];
+    let results = [g.ty(p), g.ty(mu), g.ty(nu), g.ty(factor)];
+    let inputs = [p, mu, nu, grad, factor, scalars];
+    let y = g.custom_call_in_place(ADAM, &inputs, 3, &results, &attributes)?;
+    let moments = Moments { mu: Some(y[1]), nu: Some(y[2]) };
+    Ok(Some(Updated { parameter: y[0], moments, square: Some(y[3]) }))
+}
+
 /// Parameter and moments after the step. `factor` makes the summed gradient the clipped mean.
 #[expect(clippy::too_many_arguments, reason = "one call; a struct for it would only rename these")]
 pub(crate) fn apply(
@@ -99,7 +136,13 @@ pub(crate) fn apply(
     factor: Value,
     scalars: Value,
     decayed: bool,
-) -> Result<(Value, Moments)> {
+    may_call: bool,
+) -> Result<Updated> {
+    let grad = if may_call { g.before_widening(grad) } else { grad };
+    if may_call && let Some(updated) = called(g, &update.rule, [p, grad], moments, [factor, scalars], decayed)? {
+        return Ok(updated);
+    }
+    let grad = g.convert(grad, DType::F32)?;
     let f32_of = |v: Value| g.convert(v, DType::F32);
     let scalar = |i: usize| g.reshape(g.slice_dim(scalars, 0, i, i + 1)?, []);
     let rate = scalar(0)?;
@@ -125,13 +168,17 @@ pub(crate) fn apply(
         _ => (grad, Moments::default()),
     };
     let new = g.sub(wide, g.mul_bcast(step, rate)?)?;
-    Ok((g.convert(new, g.dtype(p))?, after))
+    Ok(Updated { parameter: g.convert(new, g.dtype(p))?, moments: after, square: None })
 }
 
 /// Sum of the squares of all elements, f32.
 ///
 /// A compiler for CPUs walks a whole reduction on one thread; columns first keeps all of them busy.
-pub(crate) fn sum_of_squares(g: &Graph, v: Value) -> Result<Value> {
+pub(crate) fn sum_of_squares(g: &Graph, v: Value, may_call: bool) -> Result<Value> {
+    let narrow = g.before_widening(v);
+    if may_call && [DType::F32, DType::BF16].contains(&g.dtype(narrow)) {
+        return Ok(g.custom_call(SQUARES, &[narrow], &[TensorType::new(DType::F32, [])], &[])?[0]);
+    }
     let x = g.convert(v, DType::F32)?;
     let mut s = g.mul(x, x)?;
     let rank = g.shape(s).rank();

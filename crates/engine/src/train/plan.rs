@@ -152,7 +152,7 @@ impl Plan {
                 dtype,
                 remat: remat(config.memory.remat_policy),
                 // Where it runs says more.
-                called_attention: false,
+                called: false,
                 blocks,
                 z_loss: config.optimizer.z_loss_multiplier,
                 gradient: HeadGradient::HiddenAndTable,

@@ -10,7 +10,7 @@ use gemma4::partition::names as axis;
 use graph::{Graph, GraphError, InputOptions, OutputOptions, Program, Sharding, Value};
 use tensor::{DType, Shape};
 
-use super::optimizer::{Moments, Update, apply, sum_of_squares};
+use super::optimizer::{Moments, Update, Updated, apply, sum_of_squares};
 
 mod split;
 
@@ -325,28 +325,33 @@ impl Builder<'_> {
         let g = self.g;
         let _scope = g.scope("optimizer");
         let mean = per_target(g, sums)?;
-        let squares: Vec<Value> = grads.iter().map(|&v| sum_of_squares(g, v)).collect::<Result<_>>()?;
+        let called = self.options.loss.called;
+        let squares: Vec<Value> = grads.iter().map(|&v| sum_of_squares(g, v, called)).collect::<Result<_>>()?;
         let square = g.mul(total(g, &squares)?, g.mul(mean, mean)?)?;
         let factor = self.options.update.clip(g, g.sqrt(square)?)?;
         let factor = g.mul(factor, mean)?;
         let mut new = Vec::with_capacity(trained.len());
         for ((slot, &grad), m) in trained.iter().zip(grads).zip(moments) {
             let p = params[&slot.name];
-            new.push(apply(g, &self.options.update, p, grad, m, factor, scalars, (self.role)(slot).decayed)?);
+            new.push(apply(g, &self.options.update, p, grad, m, factor, scalars, (self.role)(slot).decayed, called)?);
         }
         let mut squares = Vec::new();
         // Of a table on the host, only some rows are here: its norm is not known.
         for s in self.slots().filter(|s| !self.options.is_hosted(s)) {
-            let after = trained.iter().position(|t| t.name == s.name).map_or(params[&s.name], |i| new[i].0);
-            squares.push(sum_of_squares(g, after)?);
+            let after = trained.iter().position(|t| t.name == s.name).map(|i| &new[i]);
+            squares.push(match after {
+                Some(Updated { square: Some(square), .. }) => *square,
+                Some(Updated { parameter, .. }) => sum_of_squares(g, *parameter, called)?,
+                None => sum_of_squares(g, params[&s.name], called)?,
+            });
         }
         let param_square = total(g, &squares)?;
-        for (slot, (p, _)) in trained.iter().zip(&new) {
+        for (slot, Updated { parameter: p, .. }) in trained.iter().zip(&new) {
             let reuse = OutputOptions { reuse: Some(params[&slot.name]), sharding: slot.sharding.clone() };
             g.output_with(&slot.name, *p, reuse)?;
         }
         for (prefix, _) in self.options.update.moment_dtypes() {
-            for ((slot, (_, after)), before) in trained.iter().zip(&new).zip(moments) {
+            for ((slot, Updated { moments: after, .. }), before) in trained.iter().zip(&new).zip(moments) {
                 if let (Some(value), Some(reuses)) = (after.get(prefix), before.get(prefix)) {
                     let reuse = OutputOptions { reuse: Some(reuses), sharding: slot.sharding.clone() };
                     g.output_with(&format!("{prefix}{}", slot.name), value, reuse)?;

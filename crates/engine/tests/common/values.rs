@@ -11,7 +11,7 @@ pub(crate) fn loss_options(remat: LayerRemat, blocks: usize) -> LossOptions {
         dtype: DType::F64,
         remat,
         blocks,
-        called_attention: false,
+        called: false,
         z_loss: 0.01,
         gradient: HeadGradient::HiddenAndTable,
     }

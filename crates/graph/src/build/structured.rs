@@ -43,10 +43,28 @@ impl Graph {
         results: &[TensorType],
         attributes: &[(&str, i64)],
     ) -> Result<Vec<Value>> {
+        self.custom_call_in_place(target, inputs, 0, results, attributes)
+    }
+
+    /// The same, where the first `in_place` results take over the memory of the operands at the same positions. They are of
+    /// the same types, and the function finds the operands' elements there. An operand that is needed afterwards is copied.
+    ///
+    /// # Errors
+    /// When names are not plain words, there is no result, or types differ.
+    #[track_caller]
+    pub fn custom_call_in_place(
+        &self,
+        target: &str,
+        inputs: &[Value],
+        in_place: usize,
+        results: &[TensorType],
+        attributes: &[(&str, i64)],
+    ) -> Result<Vec<Value>> {
         let call = CustomCall {
             target: target.to_owned(),
             results: results.to_vec(),
             attributes: attributes.iter().map(|&(n, v)| (n.to_owned(), v)).collect(),
+            in_place,
         };
         self.apply(Op::CustomCall(call), inputs)
     }

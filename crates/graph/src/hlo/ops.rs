@@ -99,8 +99,19 @@ impl Printer<'_> {
                 let results = if results.len() == 1 { result.to_owned() } else { format!("({})", list(&results)) };
                 // Row-major, whatever the compiler would like better.
                 let layouts = |vs: Vec<ValueId>| list(vs.into_iter().map(|v| layout(body.ty(v).shape.rank())));
+                let of_tuple = |i: usize| if c.results.len() == 1 { String::new() } else { i.to_string() };
+                let aliases = (0..c.in_place).map(|i| {
+                    format!(
+                        "#stablehlo.output_operand_alias<output_tuple_indices = [{}], operand_index = {i}, operand_tuple_indices = []>",
+                        of_tuple(i)
+                    )
+                });
+                let aliases = match c.in_place {
+                    0 => String::new(),
+                    _ => format!(", output_operand_aliases = [{}]", list(aliases)),
+                };
                 format!(
-                    "stablehlo.custom_call @{}({args}) {{api_version = 4 : i32, backend_config = {{{}}}, operand_layouts = [{}], result_layouts = [{}]}} : ({}) -> {results}",
+                    "stablehlo.custom_call @{}({args}) {{api_version = 4 : i32, backend_config = {{{}}}, operand_layouts = [{}]{aliases}, result_layouts = [{}]}} : ({}) -> {results}",
                     c.target,
                     list(config),
                     layouts(node.inputs().to_vec()),
