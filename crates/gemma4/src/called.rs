@@ -75,11 +75,11 @@ pub fn attention(
     Ok(graph.custom_vjp(&inputs, forward, backward)?[0])
 }
 
-/// Names of the function that computes a norm, and of its gradient; see [`rms_norm`].
+/// Names of the function that computes a norm, and of its gradient; with `x` and a weight as operands.
 pub const RMS_NORM: [&str; 2] = ["lapidary.rms_norm", "lapidary.rms_norm_gradient"];
-/// Names of the function that computes a gated GELU, and of its gradient; see [`gated_gelu`].
+/// Names of the function that computes a gated GELU, and of its gradient; with gate and up as operands.
 pub const GATED_GELU: [&str; 2] = ["lapidary.gated_gelu", "lapidary.gated_gelu_gradient"];
-/// Name of the function that computes a loss; see [`cross_entropy`].
+/// Name of the function that computes losses of logits and their gradient.
 pub const CROSS_ENTROPY: &str = "lapidary.cross_entropy";
 
 /// The bits of a number, as an attribute takes them.
