@@ -332,3 +332,48 @@ fn what_is_missing_is_said() {
         assert!(r.stderr.contains(expected) && !r.stderr.contains("panicked"), "{args:?}: {r:#?}");
     }
 }
+
+#[test]
+fn fewer_bits_are_further_from_the_weights_as_stored() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, file) = (dir.path().join("model").to_str().unwrap().to_owned(), dir.path().join("text.txt"));
+    lapidary(&["init", &model, "model_name=tiny-e2b", "--seed", "6", "--vary-norms"]).exits(0);
+    fs_err::write(&file, "amber basalt cobalt dolomite emerald flint garnet").unwrap();
+    let file = file.to_str().unwrap();
+    let score = |extra: &[&str]| {
+        let args = ["score", &model, file, "--tokenizer", "bytes", "--dtype", "float32", "--json"];
+        lapidary(&[&args[..], extra].concat()).exits(0).json()
+    };
+    let plain = score(&[]);
+    let number =
+        |v: &Value, path: &str| v.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("{path}: {v}"));
+    let [eight, four] = ["int8", "int4"].map(|bits| score(&["--quantize", bits, "--sequences", "2"]));
+    for v in [&eight, &four] {
+        assert_eq!(v["tokens"], plain["tokens"]);
+        // The same loss as without a comparison, over a cache.
+        let (stored, alone) = (number(v, "/as_stored/perplexity"), number(&plain, "/perplexity"));
+        assert!((stored / alone - 1.0).abs() < 1e-3, "{stored} {alone}");
+        assert!(number(v, "/distance/max_kl") >= number(v, "/distance/mean_kl"));
+    }
+    let (eight, four) = (number(&eight, "/distance/mean_kl"), number(&four, "/distance/mean_kl"));
+    assert!(0.0 < eight && eight < four && four < 1.0, "{eight} {four}");
+    lapidary(&["score", &model, file, "--tokenizer", "bytes", "--quantize", "int8", "--documents"]).exits(2);
+}
+
+#[test]
+fn products_are_told_by_role() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model").to_str().unwrap().to_owned();
+    lapidary(&["init", &model, "model_name=tiny-e2b"]).exits(0);
+    let bench = |extra: &[&str]| {
+        lapidary(&[&["bench", "products", &model, "--repeat", "1", "--json"], extra].concat()).exits(0).json()
+    };
+    let stored = bench(&[]);
+    let bytes = |v: &Value| v["bytes"].as_u64().unwrap();
+    let products = stored["products"].as_array().unwrap();
+    assert_eq!(products.iter().map(bytes).sum::<u64>(), bytes(&stored));
+    assert!(products.iter().all(|p| p["bytes_per_second"].as_f64().unwrap() > 0.0 && p["count"].as_u64().unwrap() > 0));
+    assert!(products.iter().any(|p| p["name"] == "mlp.down_proj.weight"), "{stored}");
+    assert!(bytes(&bench(&["--quantize", "int4", "--rows", "3"])) < bytes(&stored));
+    lapidary(&["bench", "products", &model, "--repeat", "0"]).exits(2);
+}
