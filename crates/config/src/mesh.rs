@@ -83,15 +83,19 @@ impl Mesh {
     /// Slices that the `dcn` axes ask for: what is left to an axis counts as one.
     #[must_use]
     pub fn slices(&self) -> usize {
-        self.dcn.iter().map(|&n| usize::try_from(n).unwrap_or(1).max(1)).fold(1, usize::saturating_mul)
+        asked(&self.dcn)
     }
 
     /// How many devices the axes ask for: what is left to an axis counts as one.
     #[must_use]
     pub fn wanted(&self) -> usize {
-        let sizes = self.ici.iter().chain(&self.dcn).map(|&n| usize::try_from(n).unwrap_or(1).max(1));
-        sizes.fold(1, usize::saturating_mul)
+        asked(&self.ici).saturating_mul(asked(&self.dcn))
     }
+}
+
+/// The product of axes; what is left to one counts as one.
+fn asked(axes: &[i64; 6]) -> usize {
+    axes.iter().map(|&n| usize::try_from(n).unwrap_or(1).max(1)).fold(1, usize::saturating_mul)
 }
 
 /// Gives what is left to the axis of -1.

@@ -28,6 +28,8 @@ mod attention;
 mod bandwidth;
 mod bytes;
 mod error;
+#[cfg(target_arch = "x86_64")]
+mod exp;
 mod fused;
 mod gemm;
 mod level;

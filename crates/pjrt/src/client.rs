@@ -50,9 +50,7 @@ pub struct Device {
 pub struct MeshDevice {
     /// The runtime's number for it, the same in all processes.
     pub id: i64,
-    /// The process that can use it.
-    pub process: i64,
-    /// Its place among [`Client::devices`], if that process is this one.
+    /// Its place among [`Client::devices`], if this process can use it.
     pub local: Option<usize>,
 }
 
@@ -210,7 +208,7 @@ impl Client {
             slice(a.addressable_devices, a.num_addressable_devices)
         };
         for &raw in raw_devices {
-            inner.devices.push(describe(api, raw)?.0);
+            inner.devices.push(describe(api, raw)?);
         }
         let mut a = args!(PJRT_Client_Devices_Args { client: inner.raw });
         // SAFETY: as above.
@@ -219,8 +217,7 @@ impl Client {
             slice(a.devices, a.num_devices)
         };
         for &raw in raw_devices {
-            let (device, process) = describe(api, raw)?;
-            inner.all.push(MeshDevice { id: device.id, process, local: inner.index_of(raw) });
+            inner.all.push(MeshDevice { id: describe(api, raw)?.id, local: inner.index_of(raw) });
         }
         inner.all.sort_unstable_by_key(|d| d.id);
         Ok(Client { inner: Arc::new(inner) })
@@ -257,14 +254,21 @@ impl Client {
         &self.inner.all
     }
 
+    /// The devices of a program of `count`, as far as there are so many: one of more devices than this process has runs on those
+    /// of all processes, any other on this one's first.
+    pub(crate) fn program_devices(&self, count: usize) -> Vec<MeshDevice> {
+        let own = self.devices();
+        if count <= own.len() {
+            return own[..count].iter().enumerate().map(|(i, d)| MeshDevice { id: d.id, local: Some(i) }).collect();
+        }
+        self.inner.all.iter().take(count).copied().collect()
+    }
+
     /// Which of its devices a program of `count` devices has here, by position in [`Client::devices`]; `None` for those of other
-    /// processes. A program of more devices than this process has runs on those of all processes, any other on this one's first.
+    /// processes.
     #[must_use]
     pub fn places(&self, count: usize) -> Vec<Option<usize>> {
-        if count <= self.devices().len() {
-            return (0..count).map(Some).collect();
-        }
-        self.inner.all.iter().take(count).map(|d| d.local).collect()
+        self.program_devices(count).iter().map(|d| d.local).collect()
     }
 
     /// Memory figures of a device, where the platform has them (CPU plugins do not).
@@ -300,8 +304,7 @@ impl fmt::Debug for Client {
     }
 }
 
-/// A device and the number of its process.
-fn describe(api: &Api, raw: *mut sys::PJRT_Device) -> Result<(Device, i64)> {
+fn describe(api: &Api, raw: *mut sys::PJRT_Device) -> Result<Device> {
     let operation = "describe a device";
     let mut a = args!(PJRT_Device_GetDescription_Args { device: raw });
     // SAFETY: the device is live, and so is its description.
@@ -311,7 +314,7 @@ fn describe(api: &Api, raw: *mut sys::PJRT_Device) -> Result<(Device, i64)> {
         return Err(PjrtError::Contract { operation, reason: "no description".to_owned() });
     }
     let d = describe_device(api, description)?;
-    Ok((Device { raw: DevicePtr(raw), id: d.id, kind: d.kind, description: d.description }, d.process))
+    Ok(Device { raw: DevicePtr(raw), id: d.id, kind: d.kind, description: d.description })
 }
 
 /// What a device description says.

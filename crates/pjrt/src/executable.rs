@@ -80,16 +80,12 @@ impl Client {
     /// The options as the plugin reads them, checked against the devices there are.
     pub(crate) fn encode_options(&self, options: &CompileOptions) -> Result<Vec<u8>> {
         let count = options.device_count()?;
-        let all = self.mesh_devices();
-        let mut ids = Vec::with_capacity(count);
-        if options.devices.is_none() && count > self.devices().len() && count <= all.len() {
-            // The devices of all processes.
-            ids.extend(all.iter().take(count).map(|d| d.id));
-        } else {
-            let chosen: Vec<usize> = options.devices.clone().unwrap_or_else(|| (0..count).collect());
-            for &index in &chosen {
-                ids.push(self.inner.device(index)?.id);
-            }
+        let ids: Vec<i64> = match &options.devices {
+            Some(chosen) => chosen.iter().map(|&i| Ok(self.inner.device(i)?.id)).collect::<Result<_>>()?,
+            None => self.program_devices(count).iter().map(|d| d.id).collect(),
+        };
+        if ids.len() < count {
+            return Err(PjrtError::NoSuchDevice { index: ids.len(), count: ids.len() });
         }
         let mut sorted = ids.clone();
         sorted.sort_unstable();

@@ -11,7 +11,7 @@ use engine::generate::{Finish, LanguageModel, Sampler, Sequence, Timing, Verdict
 use serde_json::json;
 use signal_hook::consts::SIGINT;
 
-use super::generate::setup::{ChatArgs, DecodeArgs, Expected, ModelArgs, SamplingArgs, Setup, side_by_side};
+use super::generate::setup::{ChatArgs, DecodeArgs, Expected, ModelArgs, SamplingArgs, Setup};
 use super::generate::{Printer, say_settings, say_timing};
 use super::{ArchArgs, CommandResult, EngineArgs, Failure, Outcome};
 use crate::ui::Ui;
@@ -67,16 +67,12 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     let context = args.context.min(setup.settings.max_positions.unwrap_or(usize::MAX));
     let sampling = args.sampling.sampling(&setup)?;
     let (clock, cell) = (Instant::now(), OnceLock::new());
-    let (model, expected) =
-        ((Arc::clone(&setup.model), setup.dtype), Expected { sequences: 1, tokens: TYPICAL_MESSAGE });
-    let (begun, ()) = side_by_side(
-        || args.decode.begin(ui, &args.engine, &cell, (&model.0, model.1), expected),
-        || {
-            args.options.read_tokenizer(&mut setup, &args.model)?;
-            setup.tokenizer().map(|_| ())
-        },
-    )?;
-    let Some(runtime) = cell.get() else { return Err(Failure::run("the engine did not start")) };
+    let model = (Arc::clone(&setup.model), setup.dtype);
+    let expected = Expected { sequences: 1, tokens: TYPICAL_MESSAGE };
+    let (runtime, begun, ()) = args.decode.begin(ui, &args.engine, &cell, model, expected, || {
+        args.options.read_tokenizer(&mut setup, &args.model)?;
+        setup.tokenizer().map(|_| ())
+    })?;
     say_settings(ui, &setup, &sampling, true);
     let sampler = Sampler::new(sampling, 0, None)?;
     let conversation = args.chat.conversation(&setup)?;

@@ -372,12 +372,12 @@ impl<'r> Device<'r> {
         let kept = |(slot, trained): (&Slot, bool)| (all || trained) && !self.plan.step.is_hosted(slot);
         // Moments are where their parameter is.
         let lists = self.plan.step.update.moment_dtypes();
-        let size = |&(slot, trained): &(&Slot, bool)| match (kept((slot, trained)), trained) {
-            (false, _) => 0,
-            (true, trained) => (slot.shape.elements() * if trained { 1 + lists.len() } else { 1 }) as u64,
+        let arrays = |&(slot, trained): &(&Slot, bool)| match kept((slot, trained)) {
+            false => 0,
+            true => 1 + if trained { lists.len() } else { 0 },
         };
-        let mine: Vec<bool> =
-            share.deal(&slots.iter().map(size).collect::<Vec<_>>()).iter().map(|p| *p == share.process).collect();
+        let sizes: Vec<u64> = slots.iter().map(|s| (s.0.shape.elements() * arrays(s)) as u64).collect();
+        let mine: Vec<bool> = share.deal(&sizes).iter().map(|p| *p == share.process).collect();
         let mut state = HostState::default();
         for ((&(slot, trained), buffer), mine) in slots.iter().zip(&self.params).zip(&mine) {
             if !kept((slot, trained)) {

@@ -197,7 +197,7 @@ impl Store {
         let elements: u64 = weights.iter().map(|w| w.elements).sum();
         let size: u64 = weights.iter().map(|w| w.bytes).sum();
         // The files' kinds only matter to whoever reads the configuration: the tensors tell for themselves.
-        let widest = Part { weights: weights.clone(), ..Part::default() }.widest();
+        let widest = share::widest(&weights);
         let map: BTreeMap<String, Value> = weights.into_iter().map(|w| (w.name, json!(w.file))).collect();
         let index = json!({"metadata": {"total_parameters": elements, "total_size": size}, "weight_map": map});
         let config = config_json(&self.options.arch, self.options.conditional, widest.name());

@@ -137,11 +137,11 @@ impl Part {
         fs::remove_file(&path)?;
         Ok(part)
     }
+}
 
-    /// The widest dtype of weights.
-    pub(super) fn widest(&self) -> DType {
-        if self.weights.iter().any(|w| w.element > DType::BF16.size()) { DType::F32 } else { DType::BF16 }
-    }
+/// The widest dtype of weights.
+pub(super) fn widest(weights: &[Listed]) -> DType {
+    if weights.iter().any(|w| w.element > DType::BF16.size()) { DType::F32 } else { DType::BF16 }
 }
 
 /// Waits until process 0 has opened the hidden directory of a step.

@@ -48,10 +48,7 @@ fn lanes(n: usize) -> u16 {
 fn exp(x: __m512) -> __m512 {
     // Below this the result is zero in any case, and whole numbers of halvings stay small.
     let x = _mm512_max_ps(x, _mm512_set1_ps(-110.0));
-    let n = _mm512_roundscale_ps::<0>(_mm512_mul_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E)));
-    // ln 2 in two parts, so that the rest is exact.
-    let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693_359_4), x);
-    let r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.121_944_4e-4), r);
+    let (n, r) = crate::exp::reduced(x);
     let mut p = _mm512_set1_ps(1.0 / 720.0);
     for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));

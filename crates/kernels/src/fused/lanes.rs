@@ -145,10 +145,7 @@ fn all(v: f32) -> __m512 {
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn parts(x: __m512) -> (__m512, __m512) {
-    let n = _mm512_roundscale_ps::<0>(_mm512_mul_ps(x, all(std::f32::consts::LOG2_E)));
-    // ln 2 in two parts, so that the rest is exact.
-    let r = _mm512_fnmadd_ps(n, all(0.693_359_4), x);
-    let r = _mm512_fnmadd_ps(n, all(-2.121_944_4e-4), r);
+    let (n, r) = crate::exp::reduced(x);
     let mut p = all(1.0 / 5040.0);
     for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5] {
         p = _mm512_fmadd_ps(p, r, all(c));

@@ -1,14 +1,13 @@
 //! Cross-entropy of logits, with its gradient.
 
-use super::{check, check_machine};
 #[cfg(target_arch = "x86_64")]
-use super::{
-    lanes::{self, Element},
-    share,
-};
+use super::lanes::{self, Element};
+use super::{check, check_machine};
 use crate::KernelError;
 use crate::product::{Out, Rows};
 use crate::tasks::Run;
+#[cfg(target_arch = "x86_64")]
+use crate::tasks::each_of;
 
 /// How a loss is computed from logits.
 #[derive(Debug, Clone, Copy)]
@@ -82,13 +81,13 @@ fn all<T: Element>(run: Run<'_>, how: &CrossEntropy, x: &[T], given: &Given<'_>,
     let width = given.width.max(1);
     let operands = x.chunks(ROWS * width).zip(given.targets.chunks(ROWS)).zip(given.weights.chunks(ROWS));
     let results = to.loss.chunks_mut(ROWS).zip(to.z.chunks_mut(ROWS)).zip(d.chunks_mut(ROWS * width));
-    share(run, operands.zip(results), |(((x, targets), weights), ((loss, z), d))| {
-        let mut room = [vec![0.0; width], vec![0.0; width]];
+    let room = || [vec![0.0; width], vec![0.0; width]];
+    each_of(run, operands.zip(results), room, |room, (((x, targets), weights), ((loss, z), d))| {
         let operands = x.chunks_exact(width).zip(targets).zip(weights);
         let results = loss.iter_mut().zip(z).zip(d.chunks_exact_mut(width));
         for (((x, &target), &weight), ((loss, z), d)) in operands.zip(results) {
             let target = usize::try_from(target).ok().filter(|&t| t < width);
-            (*loss, *z) = row(how, x, target, weight, &mut room, d);
+            (*loss, *z) = row(how, x, target, weight, room, d);
         }
     });
 }

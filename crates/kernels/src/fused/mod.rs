@@ -19,23 +19,15 @@ pub use gelu::{gated_gelu, gated_gelu_gradient};
 pub use loss::{CrossEntropy, Losses, cross_entropy};
 pub use norm::{NormGradient, RmsNorm, rms_norm, rms_norm_gradient};
 
-use std::sync::{Mutex, PoisonError};
-
 use crate::KernelError;
-use crate::tasks::Run;
+use crate::tasks::{Run, each_of};
 
 /// Elements of a thread's share, which is worth asking for.
 const SHARE: usize = 32 << 10;
 
 /// Works on all items, on as many threads as there are.
 fn share<I: Send>(run: Run<'_>, items: impl Iterator<Item = I> + Send, work: impl Fn(I) + Sync) {
-    let items = Mutex::new(items);
-    let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
-    run(&|| {
-        while let Some(item) = next() {
-            work(item);
-        }
-    });
+    each_of(run, items, || (), |(), item| work(item));
 }
 
 /// Rows of a share.

@@ -15,7 +15,7 @@ use engine::generate::{
 };
 use engine::kernels::Bandwidth;
 
-use self::setup::{ChatArgs, DecodeArgs, Expected, ModelArgs, SamplingArgs, Setup, json_list, side_by_side};
+use self::setup::{ChatArgs, DecodeArgs, Expected, ModelArgs, SamplingArgs, Setup, json_list};
 use super::{ArchArgs, CommandResult, EngineArgs, Failure, Outcome};
 use crate::ui::{Ui, seconds};
 
@@ -118,14 +118,10 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
 
     let (clock, cell) = (Instant::now(), OnceLock::new());
     let (model, expected) = ((Arc::clone(&setup.model), setup.dtype), expected(args, chat));
-    let (begun, prompts) = side_by_side(
-        || args.decode.begin(ui, &args.engine, &cell, (&model.0, model.1), expected),
-        || {
-            args.options.read_tokenizer(&mut setup, &args.model)?;
-            prompts(args, &setup, template, chat)
-        },
-    )?;
-    let Some(runtime) = cell.get() else { return Err(Failure::run("the engine did not start")) };
+    let (runtime, begun, prompts) = args.decode.begin(ui, &args.engine, &cell, model, expected, || {
+        args.options.read_tokenizer(&mut setup, &args.model)?;
+        prompts(args, &setup, template, chat)
+    })?;
     let stop_ids = args.sampling.stop_ids(&setup, chat);
     let longest = prompts.iter().map(|p| p.ids.len()).max().unwrap_or(0);
     let room = setup.settings.max_positions.unwrap_or(usize::MAX);

@@ -303,25 +303,36 @@ pub(crate) struct Expected {
 }
 
 impl DecodeArgs {
-    /// Starts the engine, puts it into `runtime`, and makes the model ready for such prompts: what takes longest before a first
-    /// token, so that a tokenizer is read meanwhile. `None`: the model is not decoded over a cache.
-    pub(crate) fn begin<'r>(
+    /// Starts the engine, puts it into `cell`, and makes the model ready for such prompts, which takes longest before a first token,
+    /// while `read` reads the tokenizer and what follows from it. The error of `read` comes first. There is no decoder where
+    /// the model is not decoded over a cache.
+    pub(crate) fn begin<'r, T>(
         &self,
         ui: &Ui,
         engine: &EngineArgs,
-        runtime: &'r OnceLock<Runtime>,
-        (model, dtype): (&Arc<Model>, DType),
+        cell: &'r OnceLock<Runtime>,
+        (model, dtype): (Arc<Model>, DType),
         expected: Expected,
-    ) -> Result<Option<Decoder<'r>>, Failure> {
-        let started = engine.start(ui)?;
-        let runtime = runtime.get_or_init(|| started);
-        if self.no_kv_cache {
-            return Ok(None);
-        }
-        let mut decoder =
-            Decoder::new(runtime, Arc::clone(model), self.options(dtype, expected.sequences, MAX_CONTEXT))?;
-        decoder.prepare_prompt(expected.tokens)?;
-        Ok(Some(decoder))
+        read: impl FnOnce() -> Result<T, Failure>,
+    ) -> Result<(&'r Runtime, Option<Decoder<'r>>, T), Failure> {
+        let begin = || -> Result<(&'r Runtime, Option<Decoder<'r>>), Failure> {
+            let started = engine.start(ui)?;
+            let runtime = cell.get_or_init(|| started);
+            if self.no_kv_cache {
+                return Ok((runtime, None));
+            }
+            let mut decoder = Decoder::new(runtime, model, self.options(dtype, expected.sequences, MAX_CONTEXT))?;
+            decoder.prepare_prompt(expected.tokens)?;
+            Ok((runtime, Some(decoder)))
+        };
+        std::thread::scope(|scope| {
+            let begun = std::thread::Builder::new().name("begin".to_owned()).spawn_scoped(scope, begin)?;
+            let read = read();
+            let begun = begun.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let read = read?;
+            let (runtime, decoder) = begun?;
+            Ok((runtime, decoder, read))
+        })
     }
 
     fn options(&self, dtype: DType, sequences: usize, context: usize) -> DecodeOptions {
@@ -364,18 +375,4 @@ impl DecodeArgs {
         ));
         Ok(Box::new(decoder))
     }
-}
-
-/// Does `begin` on another thread while `read` is done here; the error of `read` comes first.
-pub(crate) fn side_by_side<A: Send, B>(
-    begin: impl FnOnce() -> Result<A, Failure> + Send,
-    read: impl FnOnce() -> Result<B, Failure>,
-) -> Result<(A, B), Failure> {
-    std::thread::scope(|scope| {
-        let begun = std::thread::Builder::new().name("begin".to_owned()).spawn_scoped(scope, begin)?;
-        let read = read();
-        let begun = begun.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        let read = read?;
-        Ok((begun?, read))
-    })
 }
