@@ -22,6 +22,8 @@ pub struct Expected {
     pub name: String,
     /// Shape.
     pub shape: Shape,
+    /// The one element type it may have; `None` for any of [`WEIGHT_DTYPES`].
+    pub dtype: Option<DType>,
 }
 
 /// Tensors that may be present and are not used, for one reason.
@@ -111,6 +113,8 @@ pub enum Misfit {
         tensor: String,
         /// Its element type.
         found: DType,
+        /// The only one it may have, if it is one.
+        expected: Option<DType>,
     },
 }
 
@@ -120,7 +124,10 @@ impl fmt::Display for Misfit {
             Misfit::Shape { tensor, found, expected } => {
                 write!(f, "{tensor} has shape {found}, expected {expected}")
             }
-            Misfit::DType { tensor, found } => {
+            Misfit::DType { tensor, found, expected: Some(expected) } => {
+                write!(f, "{tensor} is {found}, expected {expected}")
+            }
+            Misfit::DType { tensor, found, expected: None } => {
                 write!(f, "{tensor} is {found}, expected bfloat16, float16 or float32")
             }
         }
@@ -218,8 +225,8 @@ pub fn bind(dir: &HfDirectory, expected: &[Expected], rules: &NameRules) -> Resu
         if t.shape != e.shape {
             misfits.push(Misfit::Shape { tensor: t.name.clone(), found: t.shape.clone(), expected: e.shape.clone() });
         }
-        if !WEIGHT_DTYPES.contains(&t.dtype) {
-            misfits.push(Misfit::DType { tensor: t.name.clone(), found: t.dtype });
+        if e.dtype.map_or(!WEIGHT_DTYPES.contains(&t.dtype), |d| d != t.dtype) {
+            misfits.push(Misfit::DType { tensor: t.name.clone(), found: t.dtype, expected: e.dtype });
         }
         tensors.insert(e.name.clone(), t);
     }

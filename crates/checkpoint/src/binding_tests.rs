@@ -24,7 +24,7 @@ fn dir_of(tensors: &[(&str, &str, &[usize])]) -> (tempfile::TempDir, HfDirectory
 
 fn expected() -> Vec<Expected> {
     [("embed.weight", &[4, 2][..]), ("layers.0.up.weight", &[3, 2]), ("norm.weight", &[2])]
-        .map(|(name, shape)| Expected { name: name.to_owned(), shape: Shape::from(shape) })
+        .map(|(name, shape)| Expected { name: name.to_owned(), shape: Shape::from(shape), dtype: None })
         .to_vec()
 }
 

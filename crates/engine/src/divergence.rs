@@ -48,15 +48,77 @@ pub fn divergence(
     windows: &Windows,
     mut progress: impl FnMut(u64),
 ) -> Result<Divergence> {
+    let vocab = reference.vocab_size();
+    let mut sum = Divergence { vocab_size: vocab, ..Divergence::default() };
+    walk(&mut [reference, ours], ids, windows, |targets| {
+        let rows: Vec<(f64, f64, TokenDistance)> = targets
+            .par_iter()
+            .map(|t| {
+                let (theirs, mine) = (t.logits[0], t.logits[1]);
+                (t.log_likelihood(theirs), t.log_likelihood(mine), TokenDistance::new(theirs, mine))
+            })
+            .collect();
+        for (theirs, mine, distance) in rows {
+            sum.reference.add(Score { tokens: 1, log_likelihood: theirs });
+            sum.ours.add(Score { tokens: 1, log_likelihood: mine });
+            sum.tokens.push(distance);
+        }
+        progress(sum.ours.tokens);
+    })?;
+    Ok(sum)
+}
+
+/// How likely a model finds a text, token by token, as generating goes. `progress` hears the number of tokens so far.
+///
+/// # Errors
+/// As [`divergence`].
+pub fn score_stepwise(
+    model: &mut dyn LanguageModel,
+    ids: &[i32],
+    windows: &Windows,
+    mut progress: impl FnMut(u64),
+) -> Result<Score> {
+    let mut sum = Score::default();
+    walk(&mut [model], ids, windows, |targets| {
+        let each: Vec<f64> = targets.par_iter().map(|t| t.log_likelihood(t.logits[0])).collect();
+        // One after the other, so that a sum does not depend on slots or threads.
+        for log_likelihood in each {
+            sum.add(Score { tokens: 1, log_likelihood });
+        }
+        progress(sum.tokens);
+    })?;
+    Ok(sum)
+}
+
+/// A token that counts, and what each model makes of the tokens before it.
+struct Target<'a, const N: usize> {
+    id: i32,
+    logits: [&'a [f32]; N],
+}
+
+impl<const N: usize> Target<'_, N> {
+    fn log_likelihood(&self, logits: &[f32]) -> f64 {
+        // Ids were checked when they were fed, but for the last one.
+        let logit = usize::try_from(self.id).ok().and_then(|id| logits.get(id));
+        logit.map_or(f64::NAN, |&logit| f64::from(logit) - log_sum_exp(logits))
+    }
+}
+
+/// Feeds windows of a text to models token by token, as many side by side as there are slots; `each` gets the tokens that count
+/// of a step.
+fn walk<const N: usize>(
+    models: &mut [&mut dyn LanguageModel; N],
+    ids: &[i32],
+    windows: &Windows,
+    mut each: impl FnMut(&[Target<'_, N>]),
+) -> Result<()> {
     windows.check()?;
-    let (slots, vocab) = (reference.sequences(), reference.vocab_size());
-    if ours.sequences() != slots || ours.vocab_size() != vocab {
+    let Some((slots, vocab)) = models.first().map(|m| (m.sequences(), m.vocab_size())) else { return Ok(()) };
+    if models.iter().any(|m| m.sequences() != slots || m.vocab_size() != vocab) {
         return Err(EngineError::Input("only models with the same vocabulary and slots can be compared".into()));
     }
-    let mut sum = Divergence { vocab_size: vocab, ..Divergence::default() };
     for group in windows.over(ids.len()).chunks(slots) {
-        reference.reset();
-        ours.reset();
+        models.iter_mut().for_each(|m| m.reset());
         let longest = group.iter().map(|w| w.end - w.start).max().unwrap_or(0);
         for at in 0..longest {
             let mut feed: Vec<&[i32]> = vec![&[]; slots];
@@ -68,36 +130,22 @@ pub fn divergence(
                     _ => &ids[target - 1..target],
                 };
             }
-            let (theirs, mine) = (reference.feed(&feed)?, ours.feed(&feed)?);
-            let counted: Vec<(usize, usize)> = group
-                .iter()
-                .enumerate()
-                .map(|(slot, w)| (slot, w.start + at, w))
+            let mut logits = Vec::with_capacity(N);
+            for model in models.iter_mut() {
+                logits.push(model.feed(&feed)?);
+            }
+            let places = group.iter().enumerate().map(|(slot, w)| (slot, w.start + at, w));
+            let targets: Vec<Target<'_, N>> = places
                 .filter(|(_, target, w)| (w.counted..w.end).contains(target))
-                .map(|(slot, target, _)| (slot, target))
-                .collect();
-            let rows: Vec<(f64, f64, TokenDistance)> = counted
-                .par_iter()
-                .map(|&(slot, target)| {
-                    let row = slot * vocab..(slot + 1) * vocab;
-                    let (theirs, mine) = (&theirs[row.clone()], &mine[row]);
-                    // Ids were checked when they were fed, but for the last one.
-                    let of = |z: &[f32]| {
-                        let logit = usize::try_from(ids[target]).ok().and_then(|id| z.get(id));
-                        logit.map_or(f64::NAN, |&logit| f64::from(logit) - log_sum_exp(z))
-                    };
-                    (of(theirs), of(mine), TokenDistance::new(theirs, mine))
+                .map(|(slot, target, _)| Target {
+                    id: ids[target],
+                    logits: std::array::from_fn(|i| &logits[i][slot * vocab..(slot + 1) * vocab]),
                 })
                 .collect();
-            for (theirs, mine, distance) in rows {
-                sum.reference.add(Score { tokens: 1, log_likelihood: theirs });
-                sum.ours.add(Score { tokens: 1, log_likelihood: mine });
-                sum.tokens.push(distance);
-            }
-            progress(sum.ours.tokens);
+            each(&targets);
         }
     }
-    Ok(sum)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -171,6 +219,8 @@ mod tests {
         );
         let same = same.unwrap();
         assert_eq!((same.summary().max_kl, same.reference), (0.0, same.ours));
+        let windows = Windows { length: 8, stride: 8, bos: None };
+        assert_eq!(score_stepwise(&mut model(2, 1.0), &ids, &windows, |_| ()).unwrap(), same.ours);
     }
 
     #[test]

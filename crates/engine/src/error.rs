@@ -36,6 +36,17 @@ pub enum EngineError {
         /// The checkpoint.
         path: PathBuf,
     },
+    /// A directory of quantised weights, where weights are needed as they were.
+    #[error(
+        "{path} holds weights quantized to {format}, with which only generate, chat, score and bench can work; use the \
+         directory it was made from"
+    )]
+    Quantized {
+        /// The directory.
+        path: PathBuf,
+        /// How they are stored.
+        format: &'static str,
+    },
     /// A checkpoint could not be written.
     #[error(transparent)]
     Write(#[from] checkpoint::write::WriteError),

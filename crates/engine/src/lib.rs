@@ -21,6 +21,7 @@ pub mod metrics;
 pub mod model;
 pub mod peak;
 pub mod planner;
+pub mod quantized;
 pub mod rng;
 pub mod rows;
 pub mod runtime;

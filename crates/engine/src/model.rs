@@ -8,7 +8,7 @@ use checkpoint::copy::{Item, ItemReader};
 use checkpoint::safetensors::TensorView;
 use gemma4::Arch;
 use gemma4::hf::{PREFIXES, expected_unused};
-use tensor::{DType, HostArray};
+use tensor::{DType, HostArray, Shape};
 
 use crate::convert::{Checkpoint, Hints, Param, Weights};
 use crate::{EngineError, Result};
@@ -96,19 +96,39 @@ impl Model {
         Ok(self.param(name)?.hf_dtype)
     }
 
-    /// A parameter in place in its mapped file; `None` if it is not stored as Hugging Face has it, in one piece.
+    /// A parameter in place in its mapped file; `None` if it is not stored as Hugging Face has it, in one piece, or quantised.
     #[must_use]
     pub fn mapped(&self, name: &str) -> Option<TensorView> {
         match &self.weights.checkpoint {
-            Checkpoint::Hf(dir) => dir.tensor(&self.param(name).ok()?.from),
+            Checkpoint::Hf(dir) => {
+                let param = self.param(name).ok()?;
+                // Tiles are no rows.
+                (param.dtype == param.hf_dtype).then(|| dir.tensor(&param.from))?
+            }
             Checkpoint::Orbax(_) => None,
         }
+    }
+
+    /// A matrix in tiles in its mapped file, and how those are laid out; `None` where it is not stored quantised.
+    #[must_use]
+    pub(crate) fn tiles(&self, name: &str) -> Option<(::kernels::Format, TensorView)> {
+        let stored = self.weights.stored?;
+        let Checkpoint::Hf(dir) = &self.weights.checkpoint else { return None };
+        Some((stored.format.format(), dir.tensor(self.param(name).ok()?.tiles.as_deref()?)?))
+    }
+
+    /// The shape of a parameter.
+    ///
+    /// # Errors
+    /// When the model has no such parameter.
+    pub(crate) fn shape(&self, name: &str) -> Result<&Shape> {
+        Ok(&self.param(name)?.spec.shape)
     }
 
     /// Reads a parameter: row-major, in the shape of the parameter table. Every checksum on the way is verified.
     ///
     /// # Errors
-    /// When the model has no such parameter, the checkpoint is damaged, or memory is short.
+    /// When the model has no such parameter or stores it quantised, the checkpoint is damaged, or memory is short.
     pub fn read(&self, name: &str) -> Result<HostArray> {
         let param = self.param(name)?;
         if let Some(view) = self.mapped(name) {
@@ -116,7 +136,7 @@ impl Model {
         }
         let mut out = HostArray::zeros(param.hf_dtype, param.spec.shape.clone())?;
         let mut rest = out.bytes_mut();
-        self.read_pieces(name, &mut |reader, region| {
+        self.read_pieces(name, (PIECE, 1), &mut |reader, region| {
             // Boxes come in order and are dense, so each is the next part of the array.
             let bytes = region.elements() * param.hf_dtype.size();
             let (piece, after) = std::mem::take(&mut rest)
@@ -128,17 +148,28 @@ impl Model {
         Ok(out)
     }
 
-    /// Calls `f` with every consecutive box of a parameter and what reads it.
+    /// Calls `f` with every consecutive box of a parameter and what reads it. Boxes have about so many bytes and, but for the
+    /// last, a multiple of so many rows.
     pub(crate) fn read_pieces(
         &self,
         name: &str,
+        (bytes, rows): (usize, usize),
         f: &mut dyn FnMut(&mut ItemReader<'_>, &checkpoint::orbax::Region) -> Result<()>,
     ) -> Result<()> {
-        let item: Item = self.weights.hf_item(self.param(name)?);
+        let param = self.param(name)?;
+        if let Some(stored) = self.weights.stored.filter(|_| param.dtype != param.hf_dtype) {
+            return Err(EngineError::Input(format!(
+                "{name} of {} is stored in {} and can only be multiplied with, over a cache on a CPU; use the model as it was \
+                 before it was quantized",
+                self.path().display(),
+                stored.format.name()
+            )));
+        }
+        let item: Item = self.weights.hf_item(param);
         let stores = [self.weights.checkpoint.store()];
         let mut reader = ItemReader::new(&stores, &item)?;
-        let grain = reader.grain();
-        for region in reader.boxes(PIECE, grain) {
+        let grain = reader.grain().saturating_mul(rows);
+        for region in reader.boxes(bytes, grain) {
             f(&mut reader, &region)?;
         }
         reader.done();

@@ -208,7 +208,7 @@ fn spool(model: &Model, name: &str) -> Result<(MappedBytes, u64)> {
     };
     let mut file = tempfile::Builder::new().prefix("lapidary-rows-").tempfile_in(&dir).map_err(named)?;
     let mut buffer = Vec::new();
-    model.read_pieces(name, &mut |reader, region| {
+    model.read_pieces(name, (4 << 20, 1), &mut |reader, region| {
         reader.read(region, &mut buffer)?;
         std::io::Write::write_all(&mut file, &buffer).map_err(named)
     })?;

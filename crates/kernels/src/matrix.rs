@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::tiles::{Layout, ROWS};
+use crate::tiles::{BLOCK, Layout, ROWS};
 use crate::{Bytes, KernelError};
 
 /// How the elements of a [`Matrix`] are stored.
@@ -40,6 +40,20 @@ impl Format {
             (Format::F32, _) => n.checked_mul(k)?.checked_mul(4).and_then(limit),
             _ => n.checked_mul(k)?.checked_mul(2).and_then(limit),
         }
+    }
+
+    /// Tiles, blocks of a tile and bytes of a block of a quantised matrix `[n, k]`: how its bytes are cut where they are stored.
+    /// `None` for other formats.
+    #[must_use]
+    pub fn tiles(self, n: usize, k: usize) -> Option<[usize; 3]> {
+        let layout = Layout::of(self)?;
+        Some([n.div_ceil(ROWS), k.div_ceil(BLOCK), layout.block])
+    }
+
+    /// Columns of a row that share a scale. `None` for formats without scales.
+    #[must_use]
+    pub fn group(self) -> Option<usize> {
+        Layout::of(self).map(|layout| layout.group)
     }
 }
 

@@ -19,13 +19,8 @@ impl Matrix {
     /// # Errors
     /// When it is quantised already, the format is neither of the two, a weight is not finite, or there is no memory.
     pub fn quantize(&self, pool: &Pool, format: Format) -> Result<Matrix, KernelError> {
-        let Some(layout) = Layout::of(format) else { return Err(KernelError::NotQuantized(format)) };
-        if Layout::of(self.format()).is_some() {
-            return Err(KernelError::Quantized(self.format()));
-        }
         let (n, k) = (self.n(), self.k());
-        let size = format.bytes(n, k).ok_or(KernelError::TooLarge { n, k })?;
-        let tile = layout.tile(k).ok_or(KernelError::TooLarge { n, k })?;
+        let (_, size) = self.quantized(format)?;
         if size == 0 {
             return Matrix::new(format, Bytes::from(Vec::new()), n, k);
         }
@@ -34,8 +29,25 @@ impl Matrix {
         // Large pages make reading faster; without them it is still right.
         #[cfg(target_os = "linux")]
         let _ = memory.advise(memmap2::Advice::HugePage);
+        self.quantize_into(pool, format, &mut memory)?;
+        let memory = memory.make_read_only().map_err(failed)?;
+        Matrix::new(format, Bytes::new(Arc::new(memory)), n, k)
+    }
+
+    /// The same into memory of [`Format::bytes`] bytes. Tiles do not depend on each other: a matrix may be quantised in parts
+    /// of a multiple of 16 rows, one behind the other.
+    ///
+    /// # Errors
+    /// As [`Matrix::quantize`]; also when the memory has another size.
+    pub fn quantize_into(&self, pool: &Pool, format: Format, out: &mut [u8]) -> Result<(), KernelError> {
+        let (n, k) = (self.n(), self.k());
+        let (layout, size) = self.quantized(format)?;
+        let tile = layout.tile(k).ok_or(KernelError::TooLarge { n, k })?;
+        if out.len() != size {
+            return Err(KernelError::Size { format, n, k, needed: size, got: out.len() });
+        }
         let bad_row = AtomicUsize::new(usize::MAX);
-        let tiles = Mutex::new(memory.chunks_exact_mut(tile).enumerate());
+        let tiles = Mutex::new(out.chunks_exact_mut(tile.max(1)).enumerate());
         let source = self.bytes().as_slice();
         pool.run(&|_| {
             let mut rows = vec![0.0; ROWS * k];
@@ -51,11 +63,19 @@ impl Matrix {
             }
         });
         match bad_row.into_inner() {
-            usize::MAX => {}
-            row => return Err(KernelError::NotFinite { row }),
+            usize::MAX => Ok(()),
+            row => Err(KernelError::NotFinite { row }),
         }
-        let memory = memory.make_read_only().map_err(failed)?;
-        Matrix::new(format, Bytes::new(Arc::new(memory)), n, k)
+    }
+
+    /// How it would lie in a format, and in how many bytes.
+    fn quantized(&self, format: Format) -> Result<(Layout, usize), KernelError> {
+        let Some(layout) = Layout::of(format) else { return Err(KernelError::NotQuantized(format)) };
+        if Layout::of(self.format()).is_some() {
+            return Err(KernelError::Quantized(self.format()));
+        }
+        let (n, k) = (self.n(), self.k());
+        Ok((layout, format.bytes(n, k).ok_or(KernelError::TooLarge { n, k })?))
     }
 }
 

@@ -143,3 +143,24 @@ fn what_is_not_finite_stays_so() {
         }
     }
 }
+
+#[test]
+fn parts_are_quantized_as_the_whole() {
+    let (n, k) = (45, 100);
+    let weights = normal(&mut Random(7), n * k);
+    let pool = Pool::new(2);
+    for format in FORMATS {
+        let whole = stored(Format::F32, &weights, n, k, 0).quantize(&pool, format).unwrap();
+        let [tiles, blocks, block] = format.tiles(n, k).unwrap();
+        assert_eq!(tiles * blocks * block, whole.bytes().len());
+        let mut parts = vec![0xff; whole.bytes().len()];
+        let (first, rest) = parts.split_at_mut(2 * blocks * block);
+        stored(Format::F32, &weights[..32 * k], 32, k, 0).quantize_into(&pool, format, first).unwrap();
+        let last = stored(Format::F32, &weights[32 * k..], 13, k, 0);
+        last.quantize_into(&pool, format, rest).unwrap();
+        assert_eq!(parts, whole.bytes().as_slice());
+        assert!(matches!(last.quantize_into(&pool, format, &mut parts), Err(KernelError::Size { .. })));
+    }
+    assert_eq!((Format::Bf16.tiles(n, k), Format::Bf16.group()), (None, None));
+    assert_eq!((Format::Int8.group(), Format::Int4.group()), (Some(64), Some(32)));
+}

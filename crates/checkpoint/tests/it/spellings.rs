@@ -11,10 +11,10 @@ const PREFIXES: [&str; 5] =
     ["model.language_model.", "model.", "language_model.model.", "base_model.model.model.language_model.", ""];
 
 fn expected() -> Vec<Expected> {
-    let mut out = vec![Expected { name: "embed.weight".into(), shape: Shape::from([10, 8]) }];
+    let mut out = vec![Expected { name: "embed.weight".into(), shape: Shape::from([10, 8]), dtype: None }];
     for layer in 0..3 {
-        out.push(Expected { name: format!("layers.{layer}.up.weight"), shape: Shape::from([16, 8]) });
-        out.push(Expected { name: format!("layers.{layer}.scalar"), shape: Shape::from([1]) });
+        out.push(Expected { name: format!("layers.{layer}.up.weight"), shape: Shape::from([16, 8]), dtype: None });
+        out.push(Expected { name: format!("layers.{layer}.scalar"), shape: Shape::from([1]), dtype: None });
     }
     out
 }

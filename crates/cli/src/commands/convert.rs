@@ -132,7 +132,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     let settings = settings(args)?;
     let arch = if args.words.is_empty() { None } else { Some(arch_of(&args.words)?) };
     let base = args.base.as_deref().map(|p| Weights::open(p, &Hints::default())).transpose()?;
-    let hints = Hints { config: args.config.as_deref(), arch, base: base.as_ref() };
+    let hints = Hints { config: args.config.as_deref(), arch, base: base.as_ref(), ..Hints::default() };
     let source = open(ui, &args.source, &hints)?;
     let plan = plan(&source, base.as_ref(), &args.target, &settings).map_err(|e| match e {
         EngineError::Input(message) => Failure::usage(message),
@@ -277,7 +277,11 @@ pub(super) fn format_line(source: &Weights) -> String {
     match &source.checkpoint {
         Checkpoint::Hf(_) => {
             let prefix = source.report.as_ref().map_or("", |r| r.prefix.as_str());
-            format!("Hugging Face, {tensors} parameters in {}, prefix `{prefix}`", source.main_dtype())
+            let form = match source.stored {
+                Some(stored) => format!("{} (quantized from {})", stored.format.name(), stored.dtype),
+                None => source.main_dtype().to_string(),
+            };
+            format!("Hugging Face, {tensors} parameters in {form}, prefix `{prefix}`")
         }
         Checkpoint::Orbax(c) => {
             let told = match source.origin {

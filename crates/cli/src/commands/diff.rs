@@ -58,7 +58,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         if own {
             return Weights::find(c, &Hints::default());
         }
-        Weights::find(c, &Hints { config: args.config.as_deref(), arch: arch.clone(), base })
+        Weights::find(c, &Hints { config: args.config.as_deref(), arch: arch.clone(), base, quantized: false })
     };
     // The Hugging Face side first: it can tell the other's architecture.
     let swapped = a.convention() == Convention::Maxtext && across;
@@ -81,7 +81,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         }
         Err(e) => {
             let (a, b) = (Checkpoint::open(&args.a)?, Checkpoint::open(&args.b)?);
-            ui.say(format!("compared by stored name, because at least one is not known as a Gemma 4 model: {e}"));
+            ui.say(format!("compared by stored name, because at least one is not read as a Gemma 4 model: {e}"));
             compare(ui, Sides::Raw { a: &a, b: &b })?
         }
     };

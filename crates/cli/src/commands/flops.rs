@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use checkpoint::hf::HfDirectory;
 use config::{Category, Config, Filter, ModelLayer, Origin, Sources};
 use engine::peak::{self, Measurement};
+use engine::quantized::without_note;
 use gemma4::hf::HfModel;
 use gemma4::{Arch, Flops, KvSource, LayerKind, param_table};
 use serde_json::{Value, json};
@@ -102,7 +103,8 @@ fn from_directory(dir: &Path, words: &[String]) -> Result<(Config, Arch, String)
     let directory = HfDirectory::open(dir)?;
     let path = directory.path().join("config.json");
     let json = directory.config().ok_or_else(|| Failure::run(format!("{}: not found", path.display())))?;
-    let model = HfModel::from_config(json).map_err(|e| Failure::run(format!("{}: {e}", path.display())))?;
+    let model =
+        HfModel::from_config(&without_note(json)).map_err(|e| Failure::run(format!("{}: {e}", path.display())))?;
     let name = path.display().to_string();
     // The keys only stand in for the shape, which is the checkpoint's own: not every shape has keys.
     let values = vec![("sliding_window_pattern".to_owned(), config::Value::Int(1))];

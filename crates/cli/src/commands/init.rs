@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use engine::init::{InitOptions, data_bytes, write_random};
+use engine::quantized::without_note;
 use gemma4::Arch;
 use gemma4::hf::HfModel;
 use serde_json::json;
@@ -61,7 +62,9 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         Some(path) => {
             let text = fs_err::read_to_string(path)?;
             let value = serde_json::from_str(&text).map_err(|e| Failure::usage(format!("{}: {e}", path.display())))?;
-            HfModel::from_config(&value).map_err(|e| Failure::usage(format!("{}: {e}", path.display())))?.arch
+            HfModel::from_config(&without_note(&value))
+                .map_err(|e| Failure::usage(format!("{}: {e}", path.display())))?
+                .arch
         }
         None => arch_of(&args.words)?,
     };

@@ -7,6 +7,7 @@ use checkpoint::hf::HfDirectory;
 use checkpoint::orbax::OrbaxCheckpoint;
 use engine::convert::config::describe;
 use engine::convert::{Checkpoint, Hints, Stats, Weights, stats};
+use engine::quantized::VERSION;
 use serde_json::{Value, json};
 use tensor::{DType, Shape};
 
@@ -58,7 +59,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     };
     let arch = if args.words.is_empty() { None } else { Some(arch_of(&args.words)?) };
     let given = arch.is_some() || args.config.is_some();
-    let hints = Hints { config: args.config.as_deref(), arch, base: None };
+    let hints = Hints { config: args.config.as_deref(), arch, base: None, quantized: true };
     let model = match Weights::find(checkpoint, &hints) {
         Ok(model) => Ok(model),
         Err(e) if given => return Err(e.into()),
@@ -178,6 +179,10 @@ fn model_json(w: &Weights) -> Value {
         "conditional": w.conditional,
         "parameters": w.params.iter().map(|p| p.spec.shape.elements() as u64).sum::<u64>(),
         "tensors": w.params.len(),
+        "quantized": w.stored.map(|s| json!({
+            "format": s.format.name(), "group_size": s.format.group(), "dtype": s.dtype.name(), "version": VERSION,
+            "matrices": w.params.iter().filter(|p| p.tiles.is_some()).count(),
+        })),
         "prefix": w.report.as_ref().map(|r| &r.prefix),
         "unused_expected": w.report.as_ref().map(|r| {
             let rows = r.unused_expected.iter();
@@ -194,6 +199,15 @@ fn model_text(w: &Weights) -> String {
         format!("model: Gemma 4, {}", describe(&w.arch)),
         format!("  used: {} tensors, {} parameters", w.params.len(), grouped(parameters)),
     ];
+    if let Some(stored) = &w.stored {
+        lines.push(format!(
+            "  quantized: {} matrices in {}, a scale for {} columns (they were {}); stored form {VERSION}",
+            w.params.iter().filter(|p| p.tiles.is_some()).count(),
+            stored.format.name(),
+            stored.format.group(),
+            stored.dtype
+        ));
+    }
     if let Some(r) = &w.report {
         lines.push(format!("  prefix: `{}`", r.prefix));
         for (label, n) in &r.unused_expected {

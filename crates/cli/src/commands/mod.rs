@@ -13,6 +13,7 @@ pub(crate) mod init;
 pub(crate) mod inspect;
 pub(crate) mod plan;
 pub(crate) mod plugin;
+pub(crate) mod quantize;
 pub(crate) mod quickstart;
 pub(crate) mod report;
 pub(crate) mod score;
@@ -180,15 +181,25 @@ impl ArchArgs {
         Ok(config.mesh)
     }
 
-    /// Opens a model and says what was found. `base` tells the architecture where nothing else does.
+    /// Opens a model and says what was found. `base` tells the architecture where nothing else does. Weights that are stored
+    /// quantised are refused.
     pub(crate) fn open(&self, ui: &Ui, path: &Path, base: Option<&Model>) -> Result<Model, Failure> {
+        self.open_any(ui, path, base, false)
+    }
+
+    /// The same for decoding, which can do with quantised weights.
+    pub(crate) fn open_to_decode(&self, ui: &Ui, path: &Path) -> Result<Model, Failure> {
+        self.open_any(ui, path, None, true)
+    }
+
+    fn open_any(&self, ui: &Ui, path: &Path, base: Option<&Model>, quantized: bool) -> Result<Model, Failure> {
         let checkpoint = Checkpoint::open(path)?;
         // A Hugging Face directory always tells its own.
         let hints = if checkpoint.convention() == Convention::Hf {
-            Hints::default()
+            Hints { quantized, ..Hints::default() }
         } else {
             let arch = if self.tells_a_model() { Some(init::arch_of(&self.words)?) } else { None };
-            Hints { config: self.config.as_deref(), arch, base: base.map(Model::weights) }
+            Hints { config: self.config.as_deref(), arch, base: base.map(Model::weights), ..Hints::default() }
         };
         let weights = Weights::find(checkpoint, &hints).map_err(|e| match e {
             EngineError::NoArchitecture { .. } => Failure::usage(e)

@@ -3,12 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use engine::Runtime;
 use engine::data::Tokenizer;
 use engine::decode::{DecodeOptions, Decoder, Quantization};
-use engine::divergence::{Divergence, divergence};
+use engine::divergence::{Divergence, divergence, score_stepwise};
 use engine::generate::encode_written;
 use engine::score::{Score, Windows, score};
+use engine::{Runtime, Session};
 use serde_json::{Value, json};
 
 use super::generate::setup::{ModelArgs, Setup};
@@ -46,9 +46,10 @@ pub(crate) struct Args {
     /// Token by token, as generating does. On a CPU.
     #[arg(long, value_name = "int8|int4")]
     quantize: Option<Quantization>,
-    /// With --quantize: windows side by side.
-    #[arg(long, value_name = "N", default_value_t = 8, requires = "quantize")]
-    sequences: usize,
+    /// Windows side by side, where a text goes token by token: with --quantize, and with weights that are stored quantized
+    /// [default: 8].
+    #[arg(long, value_name = "N")]
+    sequences: Option<usize>,
     /// Print the result as JSON on stdout.
     #[arg(long)]
     json: bool,
@@ -88,17 +89,36 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     let total: usize = tokens.iter().map(Vec::len).sum();
     ui.say(format!("{} documents, {} tokens; activations {}", documents.len(), grouped(total as u64), setup.dtype));
 
+    let stored = setup.model.weights().stored;
+    if args.sequences.is_some() && args.quantize.is_none() && stored.is_none() {
+        return Err(Failure::usage("--sequences: only with --quantize or with weights that are stored quantized"));
+    }
+    if let Some(stored) = stored.filter(|_| args.quantize.is_some()) {
+        return Err(Failure::usage(format!(
+            "--quantize: {} holds weights quantized to {} and nothing to compare them with",
+            args.model.display(),
+            stored.format.name()
+        ))
+        .hint("leave the option out for their score, or give the directory they were made from"));
+    }
     let runtime = args.engine.start(ui)?;
     if let Some(quantize) = args.quantize {
         return compare(ui, args, &runtime, &setup, quantize, &windows, &tokens);
     }
-    let session = super::verify::place(ui, &runtime, &setup.model, setup.dtype)?;
+    let mut way = match stored {
+        Some(_) => Way::Stepwise(Box::new(decoder(args, &runtime, &setup, &windows, None)?)),
+        None => Way::Whole(Box::new(super::verify::place(ui, &runtime, &setup.model, setup.dtype)?)),
+    };
     let clock = Instant::now();
     let bar = ui.count_bar("scoring", total as u64);
     let (mut sum, mut bytes, mut each) = (Score::default(), 0u64, Vec::new());
     for (document, ids) in documents.iter().zip(&tokens) {
         let before = sum.tokens;
-        let one = score(&session, ids, &windows, |done| bar.set_position(before + done))?;
+        let progress = |done| bar.set_position(before + done);
+        let one = match &mut way {
+            Way::Whole(session) => score(session, ids, &windows, progress)?,
+            Way::Stepwise(decoder) => score_stepwise(decoder.as_mut(), ids, &windows, progress)?,
+        };
         let scored = scored_bytes(tokenizer, document, ids, windows.bos)?;
         if args.documents {
             let mut figures = figures(&one, scored);
@@ -130,6 +150,32 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     Ok(Outcome::Yes)
 }
 
+/// How a text goes through a model.
+enum Way<'r> {
+    /// Windows at once.
+    Whole(Box<Session<'r>>),
+    /// Token by token, over a cache.
+    Stepwise(Box<Decoder<'r>>),
+}
+
+/// A model over a cache that takes windows.
+fn decoder<'r>(
+    args: &Args,
+    runtime: &'r Runtime,
+    setup: &Setup,
+    windows: &Windows,
+    quantize: Option<Quantization>,
+) -> Result<Decoder<'r>, Failure> {
+    // All windows of all documents would be better side by side; a long text makes no difference.
+    let sequences = args.sequences.unwrap_or(8);
+    if sequences == 0 {
+        return Err(Failure::usage("--sequences must be at least 1"));
+    }
+    let context = windows.length.saturating_add(1);
+    let options = DecodeOptions { sequences, context, dtype: setup.dtype, quantize, ..DecodeOptions::default() };
+    Ok(Decoder::new(runtime, setup.model.clone(), options)?)
+}
+
 /// The same text by weights as they are stored and quantized.
 fn compare(
     ui: &Ui,
@@ -140,19 +186,12 @@ fn compare(
     windows: &Windows,
     documents: &[Vec<i32>],
 ) -> CommandResult {
-    if args.documents || args.sequences == 0 {
-        return Err(Failure::usage("--quantize compares all documents together, with --sequences of at least 1"));
+    if args.documents {
+        return Err(Failure::usage("--quantize compares all documents together"));
     }
-    // All windows of all documents would be better side by side; a long text makes no difference.
-    let options = DecodeOptions {
-        sequences: args.sequences,
-        context: windows.length.saturating_add(1),
-        dtype: setup.dtype,
-        ..DecodeOptions::default()
-    };
     let spinner = ui.spinner("placing weights, quantizing, compiling");
-    let mut stored = Decoder::new(runtime, setup.model.clone(), options.clone())?;
-    let mut ours = Decoder::new(runtime, setup.model.clone(), DecodeOptions { quantize: Some(quantize), ..options })?;
+    let mut stored = decoder(args, runtime, setup, windows, None)?;
+    let mut ours = decoder(args, runtime, setup, windows, Some(quantize))?;
     spinner.finish_and_clear();
     let clock = Instant::now();
     let total: usize = documents.iter().map(Vec::len).sum();

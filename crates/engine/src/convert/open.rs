@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 use tensor::{DType, ParamSpec, Shape, Transform};
 
 use crate::model::name_rules;
+use crate::quantized::{Parts, Stored, without_note};
 use crate::{EngineError, Result};
 
 /// The entry of `custom_metadata` in which a conversion says where it comes from.
@@ -129,6 +130,8 @@ pub struct Hints<'a> {
     pub arch: Option<Arch>,
     /// A Hugging Face directory of the same architecture, asked last.
     pub base: Option<&'a Weights>,
+    /// Weights that are stored quantised are of use. Otherwise they are refused.
+    pub quantized: bool,
 }
 
 /// Where the architecture came from.
@@ -152,8 +155,12 @@ pub struct Param {
     pub from: String,
     /// Its element type there.
     pub dtype: DType,
-    /// The element type it has, or should have, in Hugging Face's convention.
+    /// The element type it has, or should have, in Hugging Face's convention. That it had, where it is stored in tiles alone.
     pub hf_dtype: DType,
+    /// Name of the tensor with its tiles, if it is stored quantised.
+    pub tiles: Option<String>,
+    /// Bytes as it is stored, uncompressed.
+    pub bytes: u64,
 }
 
 /// A Gemma 4 checkpoint of either format: every parameter found, nothing read yet.
@@ -173,6 +180,8 @@ pub struct Weights {
     pub generation_config: Option<Value>,
     /// Every parameter, in the order of the table.
     pub params: Vec<Param>,
+    /// How matrices are stored, where that is quantised.
+    pub stored: Option<Stored>,
     /// The account of a Hugging Face directory.
     pub report: Option<BindReport>,
     /// What was odd but survivable, in sentences.
@@ -200,19 +209,21 @@ impl Weights {
     /// [`EngineError::NoArchitecture`] when neither the checkpoint nor the hints tell the architecture; others when a
     /// parameter is missing or misshapen (all are listed), or the configuration is not one of Gemma 4.
     pub fn find(checkpoint: Checkpoint, hints: &Hints<'_>) -> Result<Self> {
+        let stored = match &checkpoint {
+            Checkpoint::Hf(dir) => stored_in(dir)?,
+            Checkpoint::Orbax(_) => None,
+        };
+        if let Some(stored) = stored.filter(|_| !hints.quantized) {
+            let path = checkpoint.path().to_owned();
+            return Err(EngineError::Quantized { path, format: stored.format.name() });
+        }
         let Described { hf, config, origin } = describe(&checkpoint, hints)?;
         let HfModel { arch, mut notes, conditional } = hf;
         let table = param_table(&arch);
         let (params, report) = match &checkpoint {
             Checkpoint::Hf(dir) => {
-                let expected: Vec<Expected> =
-                    table.iter().map(|p| Expected { name: p.name.clone(), shape: p.shape.clone() }).collect();
-                let binding = bind(dir, &expected, &name_rules(&arch))?;
-                let find = |spec: ParamSpec| {
-                    let found = binding.get(&spec.name)?;
-                    Some(Param { from: found.name.clone(), dtype: found.dtype, hf_dtype: found.dtype, spec })
-                };
-                (table.into_iter().filter_map(find).collect(), Some(binding.report))
+                let (params, report) = bind_hf(dir, &arch, table, stored)?;
+                (params, Some(report))
             }
             Checkpoint::Orbax(c) => (bind_orbax(c, table, checkpoint.provenance(), &mut notes)?, None),
         };
@@ -220,7 +231,7 @@ impl Weights {
             Checkpoint::Hf(dir) => dir.generation_config().cloned(),
             Checkpoint::Orbax(_) => checkpoint.provenance().and_then(|p| p.get("generation_config")).cloned(),
         };
-        Ok(Weights { arch, config, conditional, origin, generation_config, params, report, notes, checkpoint })
+        Ok(Weights { arch, config, conditional, origin, generation_config, params, stored, report, notes, checkpoint })
     }
 
     /// What turns a parameter into the convention wanted.
@@ -255,14 +266,14 @@ impl Weights {
     /// Bytes of all parameters as they are stored, uncompressed.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        let size = |p: &Param| (p.spec.shape.elements() as u64).saturating_mul(p.dtype.size() as u64);
-        self.params.iter().map(size).fold(0, u64::saturating_add)
+        self.params.iter().map(|p| p.bytes).fold(0, u64::saturating_add)
     }
 
     /// The checkpoint's entries that belong to no parameter: names as stored.
     #[must_use]
     pub fn leftover(&self) -> Vec<String> {
-        let used: HashSet<&str> = self.params.iter().map(|p| p.from.as_str()).collect();
+        let tiles = self.params.iter().filter_map(|p| p.tiles.as_deref());
+        let used: HashSet<&str> = self.params.iter().map(|p| p.from.as_str()).chain(tiles).collect();
         let names = self.checkpoint.entries().into_iter().map(|(name, ..)| name);
         names.filter(|n| !used.contains(n.as_str())).collect()
     }
@@ -299,7 +310,7 @@ fn describe(checkpoint: &Checkpoint, hints: &Hints<'_>) -> Result<Described> {
                 path: path.clone(),
                 reason: "not found; a model directory needs its config.json".into(),
             })?;
-            read(&path, config, Origin::Config)
+            read(&path, &without_note(config), Origin::Config)
         }
         Checkpoint::Orbax(c) => {
             let noted = checkpoint.provenance().and_then(|p| p.get("config"));
@@ -310,6 +321,47 @@ fn describe(checkpoint: &Checkpoint, hints: &Hints<'_>) -> Result<Described> {
             }
         }
     }
+}
+
+/// What a directory says of quantised weights.
+fn stored_in(dir: &HfDirectory) -> Result<Option<Stored>> {
+    let stored = dir.config().map_or(Ok(None), Stored::of);
+    stored.map_err(|reason| EngineError::File { path: dir.path().join("config.json"), reason })
+}
+
+/// Finds every parameter among tensors that carry Hugging Face's names.
+fn bind_hf(
+    dir: &HfDirectory,
+    arch: &Arch,
+    table: Vec<ParamSpec>,
+    stored: Option<Stored>,
+) -> Result<(Vec<Param>, BindReport)> {
+    let whole = |p: &ParamSpec| Parts { plain: Some((p.name.clone(), p.shape.clone())), tiles: None };
+    let parts = match stored {
+        Some(stored) => stored.parts(arch),
+        None => table.iter().map(whole).collect(),
+    };
+    let expect = |part: &Option<(String, Shape)>, dtype: Option<DType>| {
+        part.as_ref().map(|(name, shape)| Expected { name: name.clone(), shape: shape.clone(), dtype })
+    };
+    let expected: Vec<Expected> =
+        parts.iter().flat_map(|p| [expect(&p.plain, None), expect(&p.tiles, Some(DType::U8))]).flatten().collect();
+    let binding = bind(dir, &expected, &name_rules(arch))?;
+    let find = |(spec, parts): (ParamSpec, Parts)| {
+        let tensor = |part: Option<(String, Shape)>| binding.get(&part?.0);
+        let (plain, tiles) = (tensor(parts.plain), tensor(parts.tiles));
+        let found = plain.or(tiles)?;
+        let bytes = [plain, tiles].into_iter().flatten().map(|t| t.bytes.len() as u64).sum();
+        Some(Param {
+            from: found.name.clone(),
+            dtype: found.dtype,
+            hf_dtype: plain.map(|t| t.dtype).or(stored.map(|s| s.dtype)).unwrap_or(found.dtype),
+            tiles: tiles.map(|t| t.name.clone()),
+            bytes,
+            spec,
+        })
+    };
+    Ok((table.into_iter().zip(parts).filter_map(find).collect(), binding.report))
 }
 
 /// Finds every parameter among arrays that carry MaxText's names.
@@ -331,7 +383,9 @@ fn bind_orbax(
         } else if !info.dtype.is_float() {
             misfits.push(format!("{} is {}, expected floats", info.name, info.dtype));
         }
-        params.push(Param { from: info.name.clone(), dtype: info.dtype, hf_dtype: info.dtype, spec });
+        let bytes = (info.shape.elements() as u64).saturating_mul(info.dtype.size() as u64);
+        let (from, dtype) = (info.name.clone(), info.dtype);
+        params.push(Param { from, dtype, hf_dtype: dtype, tiles: None, bytes, spec });
     }
     if !missing.is_empty() || !misfits.is_empty() {
         return Err(EngineError::File {

@@ -375,7 +375,7 @@ fn others(base: &Weights, notes: &mut Vec<String>) -> Vec<Item> {
     items
 }
 
-fn text(v: &Value) -> Vec<u8> {
+pub(super) fn text(v: &Value) -> Vec<u8> {
     format!("{v:#}\n").into_bytes()
 }
 

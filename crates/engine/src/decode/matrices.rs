@@ -58,15 +58,19 @@ impl Matrices {
     }
 }
 
-/// Every matrix of a model, with its name.
+/// Every matrix of a model, with its name: as it is stored where that is quantized.
 fn find(model: &Model, dtype: DType, quantize: Option<Format>) -> Result<Vec<(String, Matrix, Placement)>> {
     called_matrices(model.arch())
         .into_par_iter()
         .map(|p| {
             let (n, k) = (p.shape.dims()[0], p.shape.dims()[1]);
+            let named = |e: ::kernels::KernelError| EngineError::Input(format!("{}: {e}", p.name));
+            if let Some((format, view)) = model.tiles(&p.name) {
+                let bytes = Bytes::new(Arc::new(view.bytes.clone()));
+                return Ok((p.name.clone(), Matrix::new(format, bytes, n, k).map_err(named)?, Placement::ZeroCopy));
+            }
             let (matrix, placement) = matrix(model, &p.name, n, k, dtype)?;
             let Some(format) = quantize else { return Ok((p.name, matrix, placement)) };
-            let named = |e: ::kernels::KernelError| EngineError::Input(format!("{}: {e}", p.name));
             let quantized = matrix.quantize(kernels::pool(), format).map_err(named)?;
             Ok((p.name, quantized, Placement::Copied))
         })

@@ -8,7 +8,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ::kernels::Format;
 use gemma4::LayerKind;
 use gemma4::cached::{CacheArray, CachedOptions, cache_arrays, input, ring};
 use gemma4::forward::body_params;
@@ -24,6 +23,7 @@ use programs::Programs;
 
 use crate::forward::{CompileTimes, Placed, place, placed_as};
 use crate::generate::{LanguageModel, check_feed};
+pub use crate::quantized::Quantization;
 use crate::rows::RowTable;
 use crate::{EngineError, Model, Result, Runtime};
 
@@ -40,7 +40,8 @@ pub struct DecodeOptions {
     pub chunks: Vec<usize>,
     /// What multiplies few rows of activations with weights.
     pub products: Products,
-    /// Weights of those products are quantized to this; longer chunks of prompts use them as stored.
+    /// Weights of those products are quantized to this; longer chunks of prompts use them as stored. Where they are stored
+    /// quantized, that is what all products use, and this may only name the same.
     pub quantize: Option<Quantization>,
 }
 
@@ -53,42 +54,6 @@ pub enum Products {
     Kernels,
     /// The program, like any other product.
     Program,
-}
-
-/// A narrower form of weights: whole numbers with a scale for each group of columns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Quantization {
-    /// 8 bits a number.
-    Int8,
-    /// 4 bits a number.
-    Int4,
-}
-
-impl Quantization {
-    /// Its name.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Quantization::Int8 => "int8",
-            Quantization::Int4 => "int4",
-        }
-    }
-
-    const fn format(self) -> Format {
-        match self {
-            Quantization::Int8 => Format::Int8,
-            Quantization::Int4 => Format::Int4,
-        }
-    }
-}
-
-impl std::str::FromStr for Quantization {
-    type Err = String;
-
-    fn from_str(s: &str) -> std::result::Result<Self, String> {
-        let all = [Quantization::Int8, Quantization::Int4];
-        all.into_iter().find(|q| q.name() == s).ok_or_else(|| format!("{s:?} is neither int8 nor int4"))
-    }
 }
 
 /// Rows of activations up to which the kernels multiply.
@@ -172,8 +137,19 @@ impl<'r> Decoder<'r> {
             Products::Kernels => true,
             Products::Program => false,
         };
-        if options.quantize.is_some() && !kernels {
+        let stored = model.weights().stored.map(|s| s.format);
+        if (options.quantize.is_some() || stored.is_some()) && !kernels {
             return bad("quantized weights are multiplied with on a CPU only, and not by the program".into());
+        }
+        if let (Some(stored), Some(wanted)) = (stored, options.quantize)
+            && stored != wanted
+        {
+            return bad(format!(
+                "{} holds weights quantized to {}; they cannot become {}, which is made of the weights as they were",
+                model.path().display(),
+                stored.name(),
+                wanted.name()
+            ));
         }
         let matrices = match kernels {
             true => Some(Matrices::new(
@@ -373,7 +349,12 @@ impl<'r> Decoder<'r> {
             // A step has one program.
             past: chunk == 1 || past,
             logits,
-            called_rows: if self.matrices.is_some() { CALLED_ROWS } else { 0 },
+            called_rows: match &self.matrices {
+                // There is nothing else to multiply with.
+                Some(_) if self.model.weights().stored.is_some() => usize::MAX,
+                Some(_) => CALLED_ROWS,
+                None => 0,
+            },
         }
     }
 

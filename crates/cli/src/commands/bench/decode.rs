@@ -108,7 +108,7 @@ pub(super) fn decode(ui: &Ui, args: &DecodeArgs) -> CommandResult {
     if args.tokens == 0 || args.prompt == 0 || common.repeat == 0 || common.sequences == 0 {
         return Err(Failure::usage("--tokens, --prompt, --repeat and --sequences must be at least 1"));
     }
-    let model = Arc::new(common.arch.open(ui, &common.model, None)?);
+    let model = Arc::new(common.arch.open_to_decode(ui, &common.model)?);
     let runtime = common.engine.start(ui)?;
     let vocab = model.arch().vocab_size();
     let mut decoder = Decoder::new(&runtime, model, common.options(args.prompt + args.tokens))?;
@@ -179,7 +179,7 @@ pub(super) fn prefill(ui: &Ui, args: &PrefillArgs) -> CommandResult {
     if args.tokens.contains(&0) || args.tokens.is_empty() || common.repeat == 0 || common.sequences == 0 {
         return Err(Failure::usage("--tokens, --repeat and --sequences must be at least 1"));
     }
-    let model = Arc::new(common.arch.open(ui, &common.model, None)?);
+    let model = Arc::new(common.arch.open_to_decode(ui, &common.model)?);
     let runtime = common.engine.start(ui)?;
     let vocab = model.arch().vocab_size();
     let longest = args.tokens.iter().copied().max().unwrap_or(1);

@@ -46,7 +46,7 @@ pub(super) fn run(ui: &Ui, args: &Args) -> CommandResult {
     if args.rows == 0 || args.repeat == 0 {
         return Err(Failure::usage("--rows and --repeat must be at least 1"));
     }
-    let model = args.arch.open(ui, &args.model, None)?;
+    let model = args.arch.open_to_decode(ui, &args.model)?;
     let reading = Bandwidth::new()?;
     let all = matrices_by_role(&model, DType::BF16, args.quantize)?;
     ui.say(format!("{:?}", pool()));

@@ -63,7 +63,7 @@ impl ModelArgs {
         for note in keys.iter().flat_map(Config::notes) {
             ui.say(format!("note: {note}"));
         }
-        let model = Arc::new(arch.open(ui, path, None)?);
+        let model = Arc::new(arch.open_to_decode(ui, path)?);
         let weights = model.weights();
         let settings = GenerationConfig::new(weights.generation_config.as_ref(), &weights.config)?;
         let stored = weights.main_dtype();
@@ -315,6 +315,13 @@ impl DecodeArgs {
         expected: Expected,
         read: impl FnOnce() -> Result<T, Failure>,
     ) -> Result<(&'r Runtime, Option<Decoder<'r>>, T), Failure> {
+        if let Some(stored) = model.weights().stored.filter(|_| self.no_kv_cache) {
+            return Err(Failure::usage(format!(
+                "--no-kv-cache: {} holds weights quantized to {}, which are multiplied with over a cache only",
+                model.path().display(),
+                stored.format.name()
+            )));
+        }
         let begin = || -> Result<(&'r Runtime, Option<Decoder<'r>>), Failure> {
             let started = engine.start(ui)?;
             let runtime = cell.get_or_init(|| started);
