@@ -11,6 +11,7 @@ use gemma4::hf::{PREFIXES, expected_unused};
 use tensor::{DType, HostArray, Shape};
 
 use crate::convert::{Checkpoint, Hints, Param, Weights};
+use crate::quantized::Quantization;
 use crate::{EngineError, Result};
 
 /// Bytes read at a time: enough to go through chunks once, little enough to stay in the cache.
@@ -106,6 +107,22 @@ impl Model {
                 (param.dtype == param.hf_dtype).then(|| dir.tensor(&param.from))?
             }
             Checkpoint::Orbax(_) => None,
+        }
+    }
+
+    /// What matrices are multiplied as, if that is quantised: as they are stored, or as it is asked for.
+    ///
+    /// # Errors
+    /// When they are stored in another form than is asked for.
+    pub fn quantization(&self, asked: Option<Quantization>) -> Result<Option<Quantization>> {
+        match (self.weights.stored.map(|s| s.format), asked) {
+            (Some(stored), Some(asked)) if stored != asked => Err(EngineError::Input(format!(
+                "{} holds weights quantized to {}; {} is made of the weights as they were before",
+                self.path().display(),
+                stored.name(),
+                asked.name()
+            ))),
+            (stored, asked) => Ok(stored.or(asked)),
         }
     }
 

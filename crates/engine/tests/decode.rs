@@ -13,7 +13,8 @@ use std::sync::Arc;
 
 use checkpoint::safetensors::SafetensorsFile;
 use golden::{cases, read};
-use lapidary_engine::decode::{DecodeOptions, Decoder, Products};
+use lapidary_engine::convert::{Hints, QuantizeOptions, plan_quantized};
+use lapidary_engine::decode::{DecodeOptions, Decoder, Products, Quantization};
 use lapidary_engine::generate::{LanguageModel, Uncached};
 use lapidary_engine::{Model, Runtime, RuntimeOptions, Session};
 use tensor::DType;
@@ -187,4 +188,77 @@ fn what_cannot_be_fed_is_refused_and_changes_nothing() {
     assert_eq!(decoder.lengths(), [0, 0]);
     decoder.feed(&[&[2; 10], &[]]).unwrap();
     assert_eq!(decoder.lengths(), [10, 0]);
+}
+
+/// Logits of prompts and of some steps after them.
+fn logits(decoder: &mut Decoder<'_>, lengths: &[usize], steps: usize) -> Vec<Vec<f32>> {
+    let vocab = decoder.model().arch().vocab_size();
+    decoder.reset();
+    let prompts: Vec<Vec<i32>> = lengths.iter().enumerate().map(|(i, &n)| prompt(n, vocab, i)).collect();
+    let mut out = vec![decoder.feed(&prompts.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap()];
+    for step in 0..steps {
+        let next: Vec<Vec<i32>> = (0..lengths.len()).map(|i| prompt(1, vocab, 10 + step + i)).collect();
+        out.push(decoder.feed(&next.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap());
+    }
+    out
+}
+
+#[test]
+fn stored_tiles_are_those_made_at_load() {
+    let runtime = runtime();
+    let dir = tempfile::tempdir().unwrap();
+    for (name, format) in [("e2b", Quantization::Int8), ("e2b", Quantization::Int4), ("keqv", Quantization::Int8)] {
+        let model = open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(name));
+        let target = dir.path().join(format!("{name}-{}", format.name()));
+        let sharded = QuantizeOptions { max_shard_bytes: Some(100_000), ..QuantizeOptions::default() };
+        plan_quantized(&model, format, &sharded).unwrap().run(&target, |_| ()).unwrap();
+        let hints = Hints { quantized: true, ..Hints::default() };
+        let stored = Arc::new(Model::open_with(&target, &hints).unwrap());
+        assert!(stored.weights().leftover().is_empty());
+        let lengths = [5, 9, 16];
+        let at_load = DecodeOptions { quantize: Some(format), ..options(1, 64) };
+        let mut loaded = Decoder::new(&runtime, Arc::clone(&model), at_load).unwrap();
+        let mut mapped = Decoder::new(&runtime, Arc::clone(&stored), options(1, 64)).unwrap();
+        for length in lengths {
+            let (a, b) = (logits(&mut loaded, &[length], 3), logits(&mut mapped, &[length], 3));
+            assert!(a == b, "{name}: {length} tokens");
+        }
+        assert_eq!(mapped.bytes_per_step(), loaded.bytes_per_step());
+        // Nothing but norms may be copied.
+        assert!(mapped.placed().mapped_bytes >= mapped.bytes_per_step(), "{:?}", mapped.placed());
+        // Long prompts go through the tiles as well, in chunks of any size, beside each other or not.
+        let long = |chunks: &[usize], lengths: &[usize]| {
+            let options = DecodeOptions { chunks: chunks.to_vec(), ..options(lengths.len(), 600) };
+            logits(&mut Decoder::new(&runtime, Arc::clone(&stored), options).unwrap(), lengths, 1)
+        };
+        let exact = {
+            let mut plain = Decoder::new(&runtime, Arc::clone(&model), options(2, 600)).unwrap();
+            logits(&mut plain, &[300, 130], 1)
+        };
+        let (whole, small) = (long(&[1, 16, 128, 512], &[300, 130]), long(&[1, 16], &[300, 130]));
+        let stepwise = long(&[1], &[300, 130]);
+        for ((a, exact), (b, c)) in whole.iter().zip(&exact).zip(small.iter().zip(&stepwise)) {
+            let (chunks, steps) = (difference(a, b), difference(a, c));
+            // Activations have 16 bits, so that a last digit that falls otherwise is amplified: bounded by a twentieth of
+            // what quantizing the weights itself changes.
+            let bound = difference(a, exact) / 20.0;
+            println!(
+                "{name} {}: {chunks:.1e} between chunks, {steps:.1e} from single steps, bound {bound:.1e}",
+                format.name()
+            );
+            assert!(chunks <= bound && steps <= bound, "{name}: {chunks} {steps} {bound}");
+        }
+        // Nothing else can be done with them.
+        assert!(Model::open(&target).unwrap_err().to_string().contains(format.name()));
+        let program = DecodeOptions { products: Products::Program, ..options(1, 8) };
+        assert!(Decoder::new(&runtime, Arc::clone(&stored), program).is_err());
+        let other = if format == Quantization::Int8 { Quantization::Int4 } else { Quantization::Int8 };
+        let again = DecodeOptions { quantize: Some(other), ..options(1, 8) };
+        assert!(Decoder::new(&runtime, Arc::clone(&stored), again).is_err());
+        assert!(
+            stored.read("layers.0.mlp.up_proj.weight").unwrap_err().to_string().contains("before it was quantized")
+        );
+        assert!(stored.mapped("layers.0.mlp.up_proj.weight").is_none());
+        assert!(plan_quantized(&stored, format, &sharded).is_err());
+    }
 }

@@ -14,6 +14,7 @@ mod generate;
 mod mpi;
 mod plan;
 mod plugin;
+mod quantize;
 mod report;
 mod train;
 mod verify;
@@ -90,6 +91,7 @@ fn help_teaches_by_example() {
         "generate",
         "chat",
         "score",
+        "quantize",
         "report",
         "config show",
         "config explain",

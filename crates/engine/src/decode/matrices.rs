@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ::kernels::{Bytes, Format, Matrix};
+use ::kernels::{Bytes, Matrix};
 use gemma4::cached::called_matrices;
 use pjrt::{Buffer, Placement};
 use rayon::prelude::*;
@@ -36,7 +36,7 @@ impl Matrices {
         runtime: &Runtime,
         model: &Model,
         dtype: DType,
-        quantize: Option<Format>,
+        quantize: Option<Quantization>,
         placed: &mut Placed,
     ) -> Result<Self> {
         let client = runtime.client();
@@ -59,7 +59,7 @@ impl Matrices {
 }
 
 /// Every matrix of a model, with its name: as it is stored where that is quantized.
-fn find(model: &Model, dtype: DType, quantize: Option<Format>) -> Result<Vec<(String, Matrix, Placement)>> {
+fn find(model: &Model, dtype: DType, quantize: Option<Quantization>) -> Result<Vec<(String, Matrix, Placement)>> {
     called_matrices(model.arch())
         .into_par_iter()
         .map(|p| {
@@ -70,7 +70,7 @@ fn find(model: &Model, dtype: DType, quantize: Option<Format>) -> Result<Vec<(St
                 return Ok((p.name.clone(), Matrix::new(format, bytes, n, k).map_err(named)?, Placement::ZeroCopy));
             }
             let (matrix, placement) = matrix(model, &p.name, n, k, dtype)?;
-            let Some(format) = quantize else { return Ok((p.name, matrix, placement)) };
+            let Some(format) = quantize.map(Quantization::format) else { return Ok((p.name, matrix, placement)) };
             let quantized = matrix.quantize(kernels::pool(), format).map_err(named)?;
             Ok((p.name, quantized, Placement::Copied))
         })
@@ -92,7 +92,7 @@ pub struct Alike {
 /// When a weight cannot be read or quantized.
 pub fn matrices_by_role(model: &Model, dtype: DType, quantize: Option<Quantization>) -> Result<Vec<Alike>> {
     let mut all: Vec<Alike> = Vec::new();
-    for (name, matrix, _) in find(model, dtype, quantize.map(Quantization::format))? {
+    for (name, matrix, _) in find(model, dtype, model.quantization(quantize)?)? {
         let role = match name.strip_prefix("layers.").and_then(|rest| rest.split_once('.')) {
             Some((_, role)) => role.to_owned(),
             None => name,

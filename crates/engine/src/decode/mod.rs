@@ -137,28 +137,12 @@ impl<'r> Decoder<'r> {
             Products::Kernels => true,
             Products::Program => false,
         };
-        let stored = model.weights().stored.map(|s| s.format);
-        if (options.quantize.is_some() || stored.is_some()) && !kernels {
+        let quantize = model.quantization(options.quantize)?;
+        if quantize.is_some() && !kernels {
             return bad("quantized weights are multiplied with on a CPU only, and not by the program".into());
         }
-        if let (Some(stored), Some(wanted)) = (stored, options.quantize)
-            && stored != wanted
-        {
-            return bad(format!(
-                "{} holds weights quantized to {}; they cannot become {}, which is made of the weights as they were",
-                model.path().display(),
-                stored.name(),
-                wanted.name()
-            ));
-        }
         let matrices = match kernels {
-            true => Some(Matrices::new(
-                runtime,
-                &model,
-                options.dtype,
-                options.quantize.map(Quantization::format),
-                &mut placed,
-            )?),
+            true => Some(Matrices::new(runtime, &model, options.dtype, quantize, &mut placed)?),
             false => None,
         };
         let lengths = vec![0; options.sequences];

@@ -110,7 +110,7 @@ pub(super) fn decode(ui: &Ui, args: &DecodeArgs) -> CommandResult {
     }
     let model = Arc::new(common.arch.open_to_decode(ui, &common.model)?);
     let runtime = common.engine.start(ui)?;
-    let vocab = model.arch().vocab_size();
+    let (vocab, quantize) = (model.arch().vocab_size(), model.quantization(common.quantize)?);
     let mut decoder = Decoder::new(&runtime, model, common.options(args.prompt + args.tokens))?;
     let compile = decoder.prepare(args.prompt)?;
     let prompt = ids(args.prompt, vocab);
@@ -143,7 +143,7 @@ pub(super) fn decode(ui: &Ui, args: &DecodeArgs) -> CommandResult {
     if common.json {
         ui.json(&json!({
             "model": common.model, "dtype": common.dtype.name(), "sequences": common.sequences,
-            "quantize": common.quantize.map(Quantization::name),
+            "quantize": quantize.map(Quantization::name),
             "median_seconds": step, "min_seconds": least, "tokens_per_second": rate, "bytes_per_step": bytes,
             "bytes_per_second": bytes / step, "read_bandwidth": bandwidth, "share_of_bandwidth": share,
             "products": { "calls": calls, "median_seconds": within, "share_of_bandwidth": products },

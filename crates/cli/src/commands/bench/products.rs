@@ -47,6 +47,7 @@ pub(super) fn run(ui: &Ui, args: &Args) -> CommandResult {
         return Err(Failure::usage("--rows and --repeat must be at least 1"));
     }
     let model = args.arch.open_to_decode(ui, &args.model)?;
+    let quantize = model.quantization(args.quantize)?;
     let reading = Bandwidth::new()?;
     let all = matrices_by_role(&model, DType::BF16, args.quantize)?;
     ui.say(format!("{:?}", pool()));
@@ -73,7 +74,7 @@ pub(super) fn run(ui: &Ui, args: &Args) -> CommandResult {
     let share = bytes as f64 / time;
     if args.json {
         ui.json(&json!({
-            "model": args.model, "rows": args.rows, "quantize": args.quantize.map(Quantization::name),
+            "model": args.model, "rows": args.rows, "quantize": quantize.map(Quantization::name),
             "products": rows, "bytes": bytes, "share_of_bandwidth": share,
         }))?;
     } else {
