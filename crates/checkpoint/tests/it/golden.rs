@@ -23,7 +23,9 @@ fn cases() -> Vec<PathBuf> {
 fn expected_from_gradients(golden: &HfDirectory) -> Vec<Expected> {
     golden
         .entries()
-        .filter_map(|t| Some(Expected { name: t.name.strip_prefix("grad.")?.to_owned(), shape: t.shape.clone() }))
+        .filter_map(|t| {
+            Some(Expected { name: t.name.strip_prefix("grad.")?.to_owned(), shape: t.shape.clone(), dtype: None })
+        })
         .collect()
 }
 
