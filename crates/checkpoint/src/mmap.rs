@@ -133,6 +133,13 @@ impl MappedBytes {
         self.file.advise(Advice::WillNeed, &self.range);
     }
 
+    /// Reads it now into memory, and makes that memory this process's, so that reading it later meets no page fault. Where
+    /// that is not to be had, nothing happens.
+    pub fn populate(&self) {
+        #[cfg(target_os = "linux")]
+        self.file.advise(Advice::PopulateRead, &self.range);
+    }
+
     /// Says that it will not be read soon: its pages no longer count as this process's memory. Reading it later is
     /// still correct, at the price of a page fault.
     pub fn advise_dont_need(&self) {

@@ -2,12 +2,15 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use checkpoint::binding::{BindReport, NameRules, UnusedRule};
 use checkpoint::copy::{Item, ItemReader};
 use checkpoint::safetensors::TensorView;
 use gemma4::Arch;
+use gemma4::cached::called_matrices;
 use gemma4::hf::{PREFIXES, expected_unused};
+use gemma4::params::EMBED_TOKENS;
 use tensor::{DType, HostArray, Shape};
 
 use crate::convert::{Checkpoint, Hints, Param, Weights};
@@ -140,6 +143,26 @@ impl Model {
     /// When the model has no such parameter.
     pub(crate) fn shape(&self, name: &str) -> Result<&Shape> {
         Ok(&self.param(name)?.spec.shape)
+    }
+
+    /// Brings what decode steps read into this process's memory, in the order in which they do, until it is told to stop:
+    /// for a thread that waits for something else. Nothing is changed; what comes later is found sooner.
+    pub fn read_ahead(&self, stop: &AtomicBool) {
+        let mut names: Vec<String> = called_matrices(self.arch()).into_iter().map(|p| p.name).collect();
+        // The token table is the head, which comes last.
+        names.sort_by_key(|name| name == EMBED_TOKENS);
+        for name in names {
+            let Some(view) = self.tiles(&name).map(|(_, view)| view).or_else(|| self.mapped(&name)) else { continue };
+            let len = view.bytes.as_slice().len();
+            for start in (0..len).step_by(PIECE) {
+                if stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                if let Some(piece) = view.bytes.slice(start..len.min(start + PIECE)) {
+                    piece.populate();
+                }
+            }
+        }
     }
 
     /// Reads a parameter: row-major, in the shape of the parameter table. Every checksum on the way is verified.

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use checkpoint::safetensors::SafetensorsFile;
 use golden::{cases, read};
 use lapidary_engine::convert::{Hints, QuantizeOptions, plan_quantized};
-use lapidary_engine::decode::{DecodeOptions, Decoder, Products, Quantization};
+use lapidary_engine::decode::{DecodeOptions, Decoder, Products, Quantization, Steps};
 use lapidary_engine::generate::{LanguageModel, Uncached};
 use lapidary_engine::{Model, Runtime, RuntimeOptions, Session};
 use tensor::DType;
@@ -188,6 +188,31 @@ fn what_cannot_be_fed_is_refused_and_changes_nothing() {
     assert_eq!(decoder.lengths(), [0, 0]);
     decoder.feed(&[&[2; 10], &[]]).unwrap();
     assert_eq!(decoder.lengths(), [10, 0]);
+}
+
+#[test]
+fn when_the_program_of_steps_is_made_changes_nothing() {
+    let runtime = runtime();
+    let model = open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/e2b"));
+    let run = |prepare: &dyn Fn(&mut Decoder<'_>)| {
+        let mut decoder = Decoder::new(&runtime, Arc::clone(&model), options(1, 64)).unwrap();
+        prepare(&mut decoder);
+        let made = decoder.compile_times().programs;
+        (logits(&mut decoder, &[9], 2), made, decoder.compile_times().programs)
+    };
+    let (whole, made, all) = run(&|d| drop(d.prepare(9).unwrap()));
+    assert_eq!((made, all), (2, 2));
+    // Programs that nobody has waited for yet are not counted.
+    for steps in [Steps::BeforePrompt, Steps::AfterPrompt] {
+        let (behind, made, all) = run(&|d| drop(d.prepare_prompt(9, steps).unwrap()));
+        assert_eq!((made, all), (1, 2), "{steps:?}");
+        assert!(behind == whole, "{steps:?}");
+    }
+    // Told to stop, it reads nothing; else it touches every matrix. Either way weights are what they were.
+    for stop in [true, false] {
+        model.read_ahead(&std::sync::atomic::AtomicBool::new(stop));
+    }
+    assert!(run(&|_| ()).0 == whole);
 }
 
 /// Logits of prompts and of some steps after them.

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
+use engine::decode::Steps;
 use engine::generate::chat::{ChatTemplate, Conversation};
 use engine::generate::{Finish, LanguageModel, Sampler, Sequence, Timing, Verdict, Writer, encode_written, generate};
 use serde_json::json;
@@ -68,7 +69,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
     let sampling = args.sampling.sampling(&setup)?;
     let (clock, cell) = (Instant::now(), OnceLock::new());
     let model = (Arc::clone(&setup.model), setup.dtype);
-    let expected = Expected { sequences: 1, tokens: TYPICAL_MESSAGE };
+    let expected = Expected { steps: Steps::BeforePrompt, sequences: 1, tokens: TYPICAL_MESSAGE };
     let (runtime, begun, ()) = args.decode.begin(ui, &args.engine, &cell, model, expected, || {
         args.options.read_tokenizer(&mut setup, &args.model)?;
         setup.tokenizer().map(|_| ())

@@ -123,7 +123,6 @@ fn conversations(asked: &Asked) {
     );
     let (_, first) = asked.chat(&json!([question]));
     assert_eq!(first, [&ids[..13], &[105, 4368, 107]].concat());
-    // What is typed may spell out marks; a template's are no others.
     let (_, typed) = asked.chat(&json!([{"role": "user", "content": "hello"}]));
     assert_eq!(typed, [2, 105, 2364, 107, 23391, 106, 107, 105, 4368, 107]);
 }

@@ -103,6 +103,17 @@ pub struct Decoder<'r> {
     /// Positions that the arrays of full layers hold.
     capacity: usize,
     lengths: Vec<usize>,
+    /// A program to be compiled behind, once a prompt has been fed.
+    next: Option<CachedOptions>,
+}
+
+/// When the program for decode steps is compiled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Steps {
+    /// As soon as the program for the prompt is there, behind: for a prompt that is not there yet.
+    BeforePrompt,
+    /// Behind, when the prompt has been fed: the first token shares the processors with nothing.
+    AfterPrompt,
 }
 
 impl<'r> Decoder<'r> {
@@ -159,6 +170,7 @@ impl<'r> Decoder<'r> {
             cache: Vec::new(),
             capacity: 0,
             lengths,
+            next: None,
         };
         decoder.grow(1)?;
         Ok(decoder)
@@ -236,20 +248,28 @@ impl<'r> Decoder<'r> {
         Ok(start.elapsed())
     }
 
-    /// As [`Decoder::prepare`], but the program for decode steps is compiled behind: the first step waits for it, if it
-    /// is not there by then.
+    /// As [`Decoder::prepare`], but the program for decode steps is compiled behind, before or after the prompt: the first
+    /// step waits for it, if it is not there by then.
     ///
     /// # Errors
     /// When a program does not compile or weights cannot be placed.
-    pub fn prepare_prompt(&mut self, tokens: usize) -> Result<Duration> {
+    pub fn prepare_prompt(&mut self, tokens: usize, steps: Steps) -> Result<Duration> {
         let start = std::time::Instant::now();
         let wanted = self.for_prompt(tokens)?;
         let step = self.cached_options(1, true, true);
         self.compile(&wanted)?;
-        if !wanted.contains(&step) {
-            self.programs.begin(self.runtime.compiler(), &self.model, step, self.stored());
+        self.next = Some(step).filter(|step| !wanted.contains(step));
+        if steps == Steps::BeforePrompt {
+            self.begin_next();
         }
         Ok(start.elapsed())
+    }
+
+    /// Begins to compile what is to be compiled behind.
+    fn begin_next(&mut self) {
+        if let Some(options) = self.next.take() {
+            self.programs.begin(self.runtime.compiler(), &self.model, options, self.stored());
+        }
     }
 
     /// The programs for a prompt of so many tokens, for which there is room then.
@@ -464,6 +484,7 @@ impl LanguageModel for Decoder<'_> {
         loop {
             let longest = left.iter().map(|t| t.len()).max().unwrap_or(0);
             if longest == 0 {
+                self.begin_next();
                 return Ok(logits);
             }
             let chunk = next_chunk(&self.options.chunks, longest);

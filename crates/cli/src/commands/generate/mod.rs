@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
+use engine::decode::Steps;
 use engine::generate::chat::{ChatTemplate, Conversation, Part};
 use engine::generate::{
     Finish, GenerateError, LanguageModel, Sampler, Sampling, Sequence, Timing, Verdict, Writer, encode_text,
@@ -138,7 +139,7 @@ pub(crate) fn run(ui: &Ui, args: &Args) -> CommandResult {
         return Err(Failure::usage(format!("a prompt has {longest} tokens, --context gives room for {context}")));
     }
     say_settings(ui, &setup, &sampling, chat);
-    let known = Expected { sequences: prompts.len(), tokens: longest };
+    let known = Expected { steps: Steps::AfterPrompt, sequences: prompts.len(), tokens: longest };
     let mut model = args.decode.start(ui, runtime, &setup, begun, (known, context, clock))?;
     let mut samplers = prompts
         .iter()
@@ -244,7 +245,7 @@ fn expected(args: &Args, chat: bool) -> Expected {
     let of_text = texts.map(|bytes| bytes.div_ceil(4) + if chat { 8 } else { 1 });
     let given = args.tokens.iter().map(|list| list.split(',').count());
     let sizes: Vec<usize> = of_text.chain(given).collect();
-    Expected { sequences: sizes.len().max(1), tokens: sizes.into_iter().max().unwrap_or(1) }
+    Expected { steps: Steps::AfterPrompt, sequences: sizes.len().max(1), tokens: sizes.into_iter().max().unwrap_or(1) }
 }
 
 /// Every prompt, in the order of the options.

@@ -1,12 +1,13 @@
 //! What `generate`, `chat` and `score` have in common: a model with its tokenizer, template and settings.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use config::{Config, Filter, SamplingStrategy, Sources};
 use engine::data::{BYTES, Tokenizer};
-use engine::decode::{DecodeOptions, Decoder, MAX_CONTEXT, Quantization};
+use engine::decode::{DecodeOptions, Decoder, MAX_CONTEXT, Quantization, Steps};
 use engine::generate::chat::{ChatTemplate, Conversation};
 use engine::generate::{GenerationConfig, LanguageModel, Sampling, Uncached};
 use engine::{Model, Runtime};
@@ -296,6 +297,8 @@ pub(crate) struct DecodeArgs {
 /// What is known of prompts before they are read.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Expected {
+    /// When the program for steps is compiled.
+    pub(crate) steps: Steps,
     /// Prompts side by side.
     pub(crate) sequences: usize,
     /// Tokens of the longest, about.
@@ -322,6 +325,7 @@ impl DecodeArgs {
                 stored.format.name()
             )));
         }
+        let ahead = Arc::clone(&model);
         let begin = || -> Result<(&'r Runtime, Option<Decoder<'r>>), Failure> {
             let started = engine.start(ui)?;
             let runtime = cell.get_or_init(|| started);
@@ -329,12 +333,22 @@ impl DecodeArgs {
                 return Ok((runtime, None));
             }
             let mut decoder = Decoder::new(runtime, model, self.options(dtype, expected.sequences, MAX_CONTEXT))?;
-            decoder.prepare_prompt(expected.tokens)?;
+            decoder.prepare_prompt(expected.tokens, expected.steps)?;
             Ok((runtime, Some(decoder)))
         };
+        let stop = &AtomicBool::new(false);
         std::thread::scope(|scope| {
-            let begun = std::thread::Builder::new().name("begin".to_owned()).spawn_scoped(scope, begin)?;
+            let work = move || {
+                let begun = begin();
+                stop.store(true, Ordering::Relaxed);
+                begun
+            };
+            let begun = std::thread::Builder::new().name("begin".to_owned()).spawn_scoped(scope, work)?;
             let read = read();
+            if read.is_ok() && !self.no_kv_cache {
+                // There is nothing else to do until the engine has begun.
+                ahead.read_ahead(stop);
+            }
             let begun = begun.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             let read = read?;
             let (runtime, decoder) = begun?;
@@ -369,7 +383,7 @@ impl DecodeArgs {
                 Decoder::new(runtime, Arc::clone(&setup.model), options)?
             }
         };
-        decoder.prepare_prompt(expected.tokens)?;
+        decoder.prepare_prompt(expected.tokens, expected.steps)?;
         spinner.finish_and_clear();
         let (placed, times) = (decoder.placed(), decoder.compile_times());
         ui.say(format!(
