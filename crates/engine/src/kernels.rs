@@ -20,6 +20,7 @@ use pjrt::{Client, PjrtError};
 use tensor::DType;
 
 pub(crate) mod fused;
+mod step;
 
 /// The sessions that live, by number.
 static SESSIONS: OnceLock<RwLock<HashMap<i64, Arc<Used>>>> = OnceLock::new();
@@ -164,6 +165,7 @@ pub fn register(client: &Client) -> Result<(), PjrtError> {
         client.register_handler::<WholeAttention>()?;
         client.register_handler::<AttentionGradient>()?;
         fused::register(client)?;
+        step::register(client)?;
         done.push(plugin);
     }
     Ok(())
@@ -339,36 +341,50 @@ impl Handler for Products {
     const NAME: &'static str = PRODUCTS;
 
     fn call(call: &mut Call<'_>) -> Result<(), String> {
-        let start = Instant::now();
         let [session, x] = call.inputs[..] else {
             return Err(format!("a session and x are wanted, there are {} operands", call.inputs.len()));
         };
-        let &[id] = session.as_slice::<i64>()? else { return Err("the session's number is not one number".to_owned()) };
-        let session = sessions().read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
-        let session = session.ok_or_else(|| format!("there is no session {id}; it may have been dropped"))?;
-        let mut numbers = Vec::with_capacity(call.outputs.len());
-        let mut used = Vec::with_capacity(call.outputs.len());
-        for i in 0..call.outputs.len() {
-            let name = format!("w{i}");
-            let Some(Attribute::Int(number)) = call.attribute(&name) else {
-                return Err(format!("the number of matrix {name} is missing"));
-            };
-            let index = usize::try_from(number).unwrap_or(usize::MAX);
-            let Some(matrix) = session.matrices.get(index) else {
-                return Err(format!("{name}: session {id} has {} matrices, no {number}", session.matrices.len()));
-            };
-            numbers.push(index);
-            used.push(matrix);
-        }
-        let &[m, _] = x.dims else { return Err(format!("x {:?} is not a matrix", x.dims)) };
-        let m = usize::try_from(m).map_err(|e| e.to_string())?;
-        let rows = rows(&x)?;
-        let mut out = call.outputs.iter_mut().map(room).collect::<Result<Vec<Out<'_>>, String>>()?;
-        let next = session.next(&numbers);
-        ::kernels::products_before(pool(), rows, m, &used, &mut out, &next).map_err(|e| e.to_string())?;
-        CALLS.fetch_add(1, Ordering::Relaxed);
-        BYTES.fetch_add(used.iter().map(|m| m.bytes().len() as u64).sum(), Ordering::Relaxed);
-        NANOSECONDS.fetch_add(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
-        Ok(())
+        let count = call.outputs.len();
+        let mut out = std::mem::take(&mut call.outputs);
+        let mut out = out.iter_mut().map(room).collect::<Result<Vec<Out<'_>>, String>>()?;
+        multiply(call, session, x, count, |rows, m, matrices, next| {
+            ::kernels::products_before(pool(), rows, m, matrices, &mut out, next)
+        })
     }
+}
+
+/// Finds the matrices of a call and those of the call that will probably be next, and multiplies the rows of `x` with them.
+fn multiply(
+    call: &Call<'_>,
+    session: Input<'_>,
+    x: Input<'_>,
+    count: usize,
+    products: impl FnOnce(Rows<'_>, usize, &[&Matrix], &[&Matrix]) -> Result<(), ::kernels::KernelError>,
+) -> Result<(), String> {
+    let start = Instant::now();
+    let &[id] = session.as_slice::<i64>()? else { return Err("the session's number is not one number".to_owned()) };
+    let session = sessions().read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
+    let session = session.ok_or_else(|| format!("there is no session {id}; it may have been dropped"))?;
+    let mut numbers = Vec::with_capacity(count);
+    let mut used = Vec::with_capacity(count);
+    for i in 0..count {
+        let name = format!("w{i}");
+        let Some(Attribute::Int(number)) = call.attribute(&name) else {
+            return Err(format!("the number of matrix {name} is missing"));
+        };
+        let index = usize::try_from(number).unwrap_or(usize::MAX);
+        let Some(matrix) = session.matrices.get(index) else {
+            return Err(format!("{name}: session {id} has {} matrices, no {number}", session.matrices.len()));
+        };
+        numbers.push(index);
+        used.push(matrix);
+    }
+    let &[m, _] = x.dims else { return Err(format!("x {:?} is not a matrix", x.dims)) };
+    let m = usize::try_from(m).map_err(|e| e.to_string())?;
+    let next = session.next(&numbers);
+    products(rows(&x)?, m, &used, &next).map_err(|e| e.to_string())?;
+    CALLS.fetch_add(1, Ordering::Relaxed);
+    BYTES.fetch_add(used.iter().map(|m| m.bytes().len() as u64).sum(), Ordering::Relaxed);
+    NANOSECONDS.fetch_add(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    Ok(())
 }

@@ -23,6 +23,8 @@ use crate::nn::{Angles, Result, of_layer, per_layer_inputs, rms_norm, scale_embe
 use crate::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER, param_table};
 use crate::{Arch, Layer};
 
+mod step;
+
 /// What a program over a cache is built for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct CachedOptions {
@@ -44,6 +46,8 @@ pub struct CachedOptions {
     pub logits: bool,
     /// Matrices are outside the program where a product has at most this many rows of activations; 0: nowhere.
     pub called_rows: usize,
+    /// Whether functions of the runtime compute all of a decode step (a chunk of 1 with logits) whose matrices are outside.
+    pub called_steps: bool,
 }
 
 /// Names of inputs that are not parameters.
@@ -279,6 +283,9 @@ impl Feed<'_> {
         let offsets = g.iota(DType::I32, [b, t], 1)?;
         let positions = g.add(g.broadcast_in_dim(self.start, [b, t], &[0])?, offsets)?;
         let mut stream = Stream { x: embed, ple, positions, angles: self.angles(positions)? };
+        if let Some(session) = self.params.session.filter(|_| options.called_steps && t == 1 && options.logits) {
+            return self.step(session, stream);
+        }
         let mut written = Vec::new();
         let mut seen: HashMap<usize, (KeyValues, Value)> = HashMap::new();
         let owner = last_owner(self.arch);

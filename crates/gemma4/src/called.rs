@@ -29,6 +29,135 @@ pub fn products(
     graph.custom_call(PRODUCTS, &[session, x], &results, &attributes)
 }
 
+/// What becomes of the results of [`products_around`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Then {
+    /// They are the results.
+    Results,
+    /// The gated GELU of two.
+    Gated,
+    /// The gated GELU of the only one and columns from `column` on of `by`.
+    GatedBy { by: Value, column: usize },
+    /// Its norm is added to `x`, and the sum multiplied by `scale` `[1]`.
+    Onto { x: Value, norm: Value, scale: Option<Value> },
+    /// It is capped, and f32.
+    Capped(f64),
+}
+
+/// What the attribute `then` says.
+pub mod then {
+    /// Results are those of the products.
+    pub const RESULTS: i64 = 0;
+    /// Gated GELU of two.
+    pub const GATED: i64 = 1;
+    /// Gated GELU with columns of an operand.
+    pub const GATED_BY: i64 = 2;
+    /// Norm and sum.
+    pub const ONTO: i64 = 3;
+    /// Norm and sum, times a factor.
+    pub const ONTO_SCALED: i64 = 4;
+    /// Logits with a cap.
+    pub const CAPPED: i64 = 5;
+}
+
+/// [`products`] of rows that are normed before, if there is a norm, and with something done to the results, all in the dtype of
+/// `x` but for capped ones. The function finds the operands in the order norm, then those of [`Then`], after `x`, weights as stored;
+/// attributes `norm`, `then` ([`then`]), `column`, and bits of f64 `eps` and `cap`.
+///
+/// # Errors
+/// When `x` is not a matrix.
+#[track_caller]
+pub(crate) fn products_around(
+    graph: &Graph,
+    session: Value,
+    x: Value,
+    norm: Option<Value>,
+    eps: f64,
+    wanted: &[(usize, usize)],
+    then: Then,
+) -> Result<Vec<Value>, GraphError> {
+    let m = graph.shape(x).dims().first().copied().unwrap_or(1);
+    let mut operands: Vec<Value> = [session, x].into_iter().chain(norm).collect();
+    let names: Vec<String> = (0..wanted.len()).map(|i| format!("w{i}")).collect();
+    let mut attributes: Vec<(&str, i64)> =
+        names.iter().zip(wanted).map(|(name, &(number, _))| (name.as_str(), number as i64)).collect();
+    let (mut dtype, mut results) = (graph.dtype(x), 1);
+    let kind = match then {
+        Then::Results => {
+            results = wanted.len();
+            then::RESULTS
+        }
+        Then::Gated => then::GATED,
+        Then::GatedBy { by, column } => {
+            operands.push(by);
+            attributes.push(("column", column as i64));
+            then::GATED_BY
+        }
+        Then::Onto { x, norm, scale } => {
+            operands.extend([x, norm].into_iter().chain(scale));
+            if scale.is_some() { then::ONTO_SCALED } else { then::ONTO }
+        }
+        Then::Capped(cap) => {
+            dtype = DType::F32;
+            attributes.push(("cap", bits(cap)));
+            then::CAPPED
+        }
+    };
+    attributes.extend([("norm", i64::from(norm.is_some())), ("then", kind), ("eps", bits(eps))]);
+    let results: Vec<TensorType> = wanted[..results].iter().map(|&(_, n)| TensorType::new(dtype, [m, n])).collect();
+    graph.custom_call(PRODUCTS_AROUND, &operands, &results, &attributes)
+}
+
+/// Name of the function that computes products with what is done before and after them in a decode step.
+pub const PRODUCTS_AROUND: &str = "lapidary.products_around";
+
+/// Names of the functions that compute attention of a decode step: over a cache, and over one that gets new keys and values.
+pub const STEP_ATTENTION: [&str; 2] = ["lapidary.step_attention", "lapidary.step_attention_own"];
+
+/// What attention of a step reads besides its cache.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StepAttention {
+    /// Queries as projected, `[b, h * e]`, and their norm `[e]` as stored.
+    pub(crate) queries: (Value, Value),
+    /// New keys and values as projected, `[b, k * e]`, and the norm of keys `[e]` as stored.
+    pub(crate) new: Option<(Value, Value, Value)>,
+    /// Each `[b, 1, e / 2]`.
+    pub(crate) angles: [Value; 2],
+    /// Position of each sequence's token, `[b]` i32.
+    pub(crate) positions: Value,
+    pub(crate) eps: f64,
+}
+
+/// Attention of one token of every sequence over `cache`, keys and values `[b, k, s, e]`, with position `p` in row `p` modulo `s`; all
+/// rows that have been written are seen. Gives the heads' results `[b, h * e]`, and the cache with the new keys and values, which takes
+/// over the memory of the old.
+///
+/// # Errors
+/// When operands are not arrays of so many dimensions.
+#[track_caller]
+pub(crate) fn step_attention(
+    graph: &Graph,
+    x: &StepAttention,
+    cache: [Value; 2],
+) -> Result<(Value, [Value; 2]), GraphError> {
+    let attributes = [("eps", bits(x.eps))];
+    let context = graph.ty(x.queries.0);
+    let [keys, values] = cache;
+    let mut operands = vec![keys, values, x.queries.0, x.queries.1, x.angles[0], x.angles[1], x.positions];
+    match x.new {
+        None => {
+            let y = graph.custom_call(STEP_ATTENTION[0], &operands, &[context], &attributes)?;
+            Ok((y[0], cache))
+        }
+        Some((k, v, norm)) => {
+            operands.extend([k, v, norm]);
+            let results = [graph.ty(keys), graph.ty(values), context];
+            let y = graph.custom_call_in_place(STEP_ATTENTION[1], &operands, 2, &results, &attributes)?;
+            Ok((y[2], [y[0], y[1]]))
+        }
+    }
+}
+
 /// Name of the function that computes attention, see [`attention`].
 pub const ATTENTION: &str = "lapidary.attention";
 /// Name of the function that computes its gradient.

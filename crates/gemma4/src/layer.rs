@@ -174,6 +174,14 @@ impl LayerWeights {
         }
     }
 
+    /// Number and rows of a matrix outside of the program.
+    pub(crate) fn called(&self, name: &str) -> (usize, usize) {
+        match self.weight(name) {
+            Weight::Called { index, rows } => (index, rows),
+            Weight::Value(_) => unreachable!("{name} is a value of this program"),
+        }
+    }
+
     /// `x` `[.., k]` times the transposes of some matrices, in `dtype`; one call where the matrices are outside.
     pub(crate) fn products<const N: usize>(
         &self,

@@ -76,9 +76,15 @@ pub enum KernelError {
     /// Operands are of two kinds.
     #[error("both operands of a product must be f32, or both bf16")]
     Mixed,
-    /// Heads are whole numbers of 32 elements.
-    #[error("heads of {0} elements are not a multiple of 32")]
+    /// Heads are whole numbers of 32 elements, or of 2 over a cache.
+    #[error("heads of {0} elements are no multiple of 32 (of 2 over a cache)")]
     Width(usize),
+    /// A cache without room, or a position before the first.
+    #[error("positions must not be negative, and a cache needs rows (it has {rows})")]
+    Positions {
+        /// Rows of the cache.
+        rows: usize,
+    },
     /// A function without a form for every machine.
     #[error("this machine lacks the vector instructions that this function needs")]
     Instructions,

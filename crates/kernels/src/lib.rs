@@ -39,6 +39,7 @@ mod product;
 mod quantize;
 mod rows;
 mod split;
+mod step;
 mod tasks;
 mod tiles;
 
@@ -55,4 +56,5 @@ pub use level::Level;
 pub use matrix::{Format, Matrix};
 pub use pool::Pool;
 pub use product::{Out, Rows, products, products_before};
+pub use step::{Around, Heads, NewKeys, RowNorm, Then, attend, products_around, write_keys};
 pub use tasks::Run;

@@ -48,6 +48,15 @@ pub enum Out<'a> {
 }
 
 impl Out<'_> {
+    /// What it holds.
+    #[must_use]
+    pub fn rows(&self) -> Rows<'_> {
+        match self {
+            Out::F32(y) => Rows::F32(y),
+            Out::Bf16(y) => Rows::Bf16(y),
+        }
+    }
+
     pub(crate) fn len(&self) -> usize {
         match self {
             Out::F32(y) => y.len(),
@@ -217,7 +226,7 @@ impl Job<'_> {
                     self.write(unit * tiles::ROWS..n.min((unit + 1) * tiles::ROWS), xs, &sums);
                 } else {
                     let rows = rows::Rows::of_unit(unit, n);
-                    rows::sums(self.matrix, self.weights, rows, &x.rows, xs.clone(), &mut sums);
+                    rows::sums((format, self.matrix.k()), self.weights, rows, &x.rows, xs.clone(), &mut sums);
                     self.write(rows.iter(), xs, &sums);
                 }
             }

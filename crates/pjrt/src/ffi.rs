@@ -192,7 +192,7 @@ impl<'a> Call<'a> {
                 continue;
             }
             // SAFETY: a name is a span of readable bytes.
-            if unsafe { string((*at).ptr, (*at).len) } != name {
+            if unsafe { slice((*at).ptr.cast::<u8>(), (*at).len) } != name.as_bytes() {
                 continue;
             }
             return match kind {

@@ -359,6 +359,10 @@ impl<'r> Decoder<'r> {
                 Some(_) => CALLED_ROWS,
                 None => 0,
             },
+            called_steps: chunk == 1
+                && self.matrices.is_some()
+                && self.options.sequences <= CALLED_ROWS
+                && ::kernels::has_wide_products(),
         }
     }
 

@@ -20,21 +20,21 @@ pub(super) fn register(client: &Client) -> Result<(), PjrtError> {
 type Result<T, E = String> = std::result::Result<T, E>;
 
 /// Operands or results, if there are as many.
-fn exactly<const N: usize, T>(all: Vec<T>) -> Result<[T; N]> {
+pub(super) fn exactly<const N: usize, T>(all: Vec<T>) -> Result<[T; N]> {
     let n = all.len();
     all.try_into().map_err(|_| format!("{N} arrays are wanted, there are {n}"))
 }
 
-fn inputs<'a, const N: usize>(call: &Call<'a>) -> Result<[Input<'a>; N]> {
+pub(super) fn inputs<'a, const N: usize>(call: &Call<'a>) -> Result<[Input<'a>; N]> {
     exactly(call.inputs.clone())
 }
 
-fn outputs<'a, const N: usize>(call: &mut Call<'a>) -> Result<[Output<'a>; N]> {
+pub(super) fn outputs<'a, const N: usize>(call: &mut Call<'a>) -> Result<[Output<'a>; N]> {
     exactly(std::mem::take(&mut call.outputs))
 }
 
 /// A number that is given by its bits.
-fn number(call: &Call<'_>, name: &str) -> Result<f64> {
+pub(super) fn number(call: &Call<'_>, name: &str) -> Result<f64> {
     match call.attribute(name) {
         Some(Attribute::Int(bits)) => Ok(f64::from_bits(bits.cast_unsigned())),
         _ => Err(format!("{name} is missing")),

@@ -5,10 +5,10 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 /// Lanes of a register.
-pub(super) const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// An element as it lies in memory. Where fewer than a register's are there, a mask says which.
-pub(super) trait Element: Copy + Send + Sync {
+pub(crate) trait Element: Copy + Send + Sync {
     /// # Safety
     /// All lanes, or those of the mask, are readable; the machine has the instructions.
     unsafe fn load(from: *const Self, mask: Option<u16>) -> __m512;
@@ -121,7 +121,7 @@ fn there(n: usize, at: usize) -> u16 {
 /// Elements from `at` on, zeros beyond the end.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn get<T: Element>(x: &[T], at: usize) -> __m512 {
+pub(crate) fn get<T: Element>(x: &[T], at: usize) -> __m512 {
     // SAFETY: what is read is there; the instructions are, too.
     unsafe { T::load(x.as_ptr().wrapping_add(at), rest(x.len(), at)) }
 }
@@ -129,7 +129,7 @@ fn get<T: Element>(x: &[T], at: usize) -> __m512 {
 /// Writes elements from `at` on as far as there are any.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn put<T: Element>(y: &mut [T], at: usize, v: __m512) {
+pub(crate) fn put<T: Element>(y: &mut [T], at: usize, v: __m512) {
     let mask = rest(y.len(), at);
     // SAFETY: what is written is there; the instructions are, too.
     unsafe { T::store(y.as_mut_ptr().wrapping_add(at), mask, v) }
@@ -137,7 +137,7 @@ fn put<T: Element>(y: &mut [T], at: usize, v: __m512) {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn all(v: f32) -> __m512 {
+pub(crate) fn all(v: f32) -> __m512 {
     _mm512_set1_ps(v)
 }
 
@@ -156,7 +156,7 @@ fn parts(x: __m512) -> (__m512, __m512) {
 /// e to the power of `x`, for `x` up to 80 or so; within 2e-7 of itself.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn exp(x: __m512) -> __m512 {
+pub(crate) fn exp(x: __m512) -> __m512 {
     // Below this the result is zero in any case. The second operand is what is given for what is no number.
     let (n, rest) = parts(_mm512_max_ps(all(-110.0), x));
     _mm512_scalef_ps(_mm512_add_ps(rest, all(1.0)), n)
@@ -165,7 +165,7 @@ pub(super) fn exp(x: __m512) -> __m512 {
 /// Hyperbolic tangent, within 3e-7 of itself.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn tanh(x: __m512) -> __m512 {
+pub(crate) fn tanh(x: __m512) -> __m512 {
     // Of both signs alike; from 10 on it is one.
     let sign = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(i32::MIN));
     let twice = _mm512_mul_ps(_mm512_abs_ps(x), all(2.0));
@@ -179,7 +179,7 @@ pub(super) fn tanh(x: __m512) -> __m512 {
 
 /// Rows over the root of their mean square plus `eps`, times a weight; see [`super::rms_norm`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) fn norm<T: Element>(width: usize, weight: &[f32], eps: f64, x: &[T], y: &mut [T], inverse: &mut [f32]) {
+pub(crate) fn norm<T: Element>(width: usize, weight: &[f32], eps: f64, x: &[T], y: &mut [T], inverse: &mut [f32]) {
     for ((x, y), inverse) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(inverse) {
         let mut sum = [all(0.0); 4];
         for at in (0..width).step_by(LANES) {
@@ -242,7 +242,7 @@ fn bent(u: __m512) -> (__m512, __m512) {
 
 /// GELU of `gate`, rounded, times `up`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) fn gelu<T: Element>(gate: &[T], up: &[T], y: &mut [T]) {
+pub(crate) fn gelu<T: Element>(gate: &[T], up: &[T], y: &mut [T]) {
     for at in (0..y.len()).step_by(LANES) {
         let u = get(gate, at);
         // SAFETY: the instructions are there.
@@ -269,7 +269,7 @@ pub(super) fn gelu_gradient<T: Element>([gate, up, ct]: [&[T]; 3], d_gate: &mut 
 
 /// Logits `cap * tanh(x / cap)` (or `x`) into `capped`, and the largest.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) fn logits<T: Element>(cap: Option<f32>, x: &[T], capped: &mut [f32]) -> f32 {
+pub(crate) fn logits<T: Element>(cap: Option<f32>, x: &[T], capped: &mut [f32]) -> f32 {
     let mut most = all(f32::MIN);
     for at in (0..x.len()).step_by(LANES) {
         let mut v = get(x, at);
@@ -284,7 +284,7 @@ pub(super) fn logits<T: Element>(cap: Option<f32>, x: &[T], capped: &mut [f32]) 
 
 /// Exponentials of logits less `shift` into `e`; gives their sum.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) fn exponentials(logits: &[f32], shift: f32, e: &mut [f32]) -> f32 {
+pub(crate) fn exponentials(logits: &[f32], shift: f32, e: &mut [f32]) -> f32 {
     let mut sum = [all(0.0); 4];
     for at in (0..logits.len()).step_by(LANES) {
         let v = exp(_mm512_sub_ps(get(logits, at), all(shift)));
@@ -352,4 +352,82 @@ pub(super) fn squares<T: Element>(x: &[T]) -> f64 {
         sum += f64::from(_mm512_reduce_add_ps(squares));
     }
     sum
+}
+
+/// `x` plus `added`, and that times a factor, both rounded.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(crate) fn sum<T: Element>(x: &[T], added: &[T], scale: Option<f32>, y: &mut [T]) {
+    for at in (0..y.len()).step_by(LANES) {
+        let mut v = _mm512_add_ps(get(x, at), get(added, at));
+        if let Some(scale) = scale {
+            // SAFETY: the instructions are there.
+            v = _mm512_mul_ps(unsafe { T::stored(v) }, all(scale));
+        }
+        put(y, at, v);
+    }
+}
+
+/// Turns each element of the first half with that of the second one by an angle.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(crate) fn turn<T: Element>(x: &mut [T], cos: &[T], sin: &[T]) {
+    let (a, b) = x.split_at_mut(cos.len());
+    for at in (0..cos.len()).step_by(LANES) {
+        let (first, second, cos, sin) = (get(a, at), get(b, at), get(cos, at), get(sin, at));
+        put(a, at, _mm512_fmsub_ps(first, cos, _mm512_mul_ps(second, sin)));
+        put(b, at, _mm512_fmadd_ps(second, cos, _mm512_mul_ps(first, sin)));
+    }
+}
+
+/// Makes scores the exponentials of what they are less the largest; gives that and their sum.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(crate) fn weights(scores: &mut [f32]) -> (f32, f32) {
+    let n = scores.len();
+    let mut most = all(f32::MIN);
+    for at in (0..n).step_by(LANES) {
+        most = _mm512_mask_max_ps(most, there(n, at), get(scores, at), most);
+    }
+    let largest = _mm512_reduce_max_ps(most);
+    let mut sum = all(0.0);
+    for at in (0..n).step_by(LANES) {
+        let e = exp(_mm512_sub_ps(get(scores, at), all(largest)));
+        sum = _mm512_mask_add_ps(sum, there(n, at), sum, e);
+        put(scores, at, e);
+    }
+    (largest, _mm512_reduce_add_ps(sum))
+}
+
+/// Sums of rows of values, each times the weights of its row: `[H, width]`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(crate) fn values<T: Element, const H: usize, const P: usize>(
+    weights: &[[f32; P]; H],
+    values: &[T],
+    width: usize,
+    out: &mut [f32],
+) {
+    for at in (0..width).step_by(2 * LANES) {
+        let mut sums = [[all(0.0); 2]; H];
+        for (j, row) in values.chunks_exact(width).take(P).enumerate() {
+            let (a, b) = (get(row, at), get(row, at + LANES));
+            for (sums, weights) in sums.iter_mut().zip(weights) {
+                let weight = all(weights[j]);
+                *sums = [_mm512_fmadd_ps(a, weight, sums[0]), _mm512_fmadd_ps(b, weight, sums[1])];
+            }
+        }
+        for (out, sums) in out.chunks_exact_mut(width).zip(sums) {
+            put(out, at, sums[0]);
+            put(out, at + LANES, sums[1]);
+        }
+    }
+}
+
+/// The sum of rows, each times its weight.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(crate) fn weighted<T: Element>(rows: &[(&[f32], f32)], y: &mut [T]) {
+    for at in (0..y.len()).step_by(LANES) {
+        let mut sum = all(0.0);
+        for (row, weight) in rows {
+            sum = _mm512_fmadd_ps(get(row, at), all(*weight), sum);
+        }
+        put(y, at, sum);
+    }
 }

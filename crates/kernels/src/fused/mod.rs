@@ -7,7 +7,7 @@
 mod adam;
 mod gelu;
 #[cfg(target_arch = "x86_64")]
-mod lanes;
+pub(crate) mod lanes;
 mod loss;
 mod norm;
 #[cfg(test)]
@@ -36,7 +36,7 @@ fn rows_of(width: usize) -> usize {
 }
 
 /// Whether the machine has the instructions.
-fn check_machine() -> Result<(), KernelError> {
+pub(crate) fn check_machine() -> Result<(), KernelError> {
     match crate::has_wide_products() {
         true => Ok(()),
         false => Err(KernelError::Instructions),
@@ -44,7 +44,7 @@ fn check_machine() -> Result<(), KernelError> {
 }
 
 /// Whether a slice is as long as it should be.
-fn check(what: &'static str, got: usize, [a, b]: [usize; 2]) -> Result<(), KernelError> {
+pub(crate) fn check(what: &'static str, got: usize, [a, b]: [usize; 2]) -> Result<(), KernelError> {
     match a.checked_mul(b) == Some(got) {
         true => Ok(()),
         false => Err(KernelError::Operand { what, got, batch: 1, a, b }),

@@ -48,7 +48,7 @@ use std::ops::Range;
 use half::bf16;
 
 use crate::product::{self, Sums};
-use crate::{Format, Level, Matrix};
+use crate::{Format, Level};
 
 /// Rows of weights in a unit of work, and of stripes of a matrix: a unit has one row of each stripe.
 ///
@@ -202,23 +202,29 @@ fn even_odd<T: Copy>(from: &[T], to: &mut [f32], width: usize, widen: impl Fn(T)
     }
 }
 
-/// Computes the sums of some rows (at most [`UNIT`]) of a matrix with some rows (at most 8) of `x`.
-pub(crate) fn sums(matrix: &Matrix, weights: &[u8], rows: Rows, x: &Prepared, xs: Range<usize>, sums: &mut Sums) {
-    let k = matrix.k();
+/// Computes the sums of some rows (at most [`UNIT`]) of a matrix of `k` columns with some rows (at most 8) of `x`.
+pub(crate) fn sums(
+    (format, k): (Format, usize),
+    weights: &[u8],
+    rows: Rows,
+    x: &Prepared,
+    xs: Range<usize>,
+    sums: &mut Sums,
+) {
     match x.level {
         Level::Portable => {
             let x = &x.plain[xs.start * x.stride..xs.end * x.stride];
-            portable::sums(matrix.format(), weights, rows, k, x, sums);
+            portable::sums(format, weights, rows, k, x, sums);
         }
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512Bf16 if matrix.format() == Format::Bf16 && !x.pairs.is_empty() => {
+        Level::Avx512Bf16 if format == Format::Bf16 && !x.pairs.is_empty() => {
             let x_rows = &x.pairs[xs.start * x.stride..xs.end * x.stride];
             // SAFETY: such a level is only prepared for where the processor has it.
             unsafe { pairs::sums(weights, rows, k, x_rows, x.stride, sums) }
         }
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 | Level::Avx512 | Level::Avx512Bf16 => {
-            let source = match matrix.format() {
+            let source = match format {
                 Format::F32 => &x.plain,
                 _ => &x.even_odd,
             };
@@ -226,9 +232,9 @@ pub(crate) fn sums(matrix: &Matrix, weights: &[u8], rows: Rows, x: &Prepared, xs
             // SAFETY: such a level is only prepared for where the processor has it.
             unsafe {
                 if x.level >= Level::Avx512 {
-                    avx512::sums(matrix.format(), weights, rows, k, x_rows, x.stride, sums);
+                    avx512::sums(format, weights, rows, k, x_rows, x.stride, sums);
                 } else {
-                    avx2::sums(matrix.format(), weights, rows, k, x_rows, x.stride, sums);
+                    avx2::sums(format, weights, rows, k, x_rows, x.stride, sums);
                 }
             }
         }
