@@ -4,9 +4,10 @@ use std::arch::x86_64::*;
 
 use super::{COLUMNS, Emit, ROWS, Target};
 
-/// One function for each kind of unit: the instruction that multiplies one lane with a register and adds is what differs.
+/// One function for each kind of unit: the instruction that multiplies one lane with a register and adds is what differs, and
+/// the one that rounds two registers of sums to bf16.
 macro_rules! tile {
-    ($name:ident, $features:literal, |$sum:ident, $l:ident, $r:ident| $multiply:expr) => {
+    ($name:ident, $features:literal, |$sum:ident, $l:ident, $r:ident| $multiply:expr, $narrow:ident) => {
         /// See [`super::tile`].
         #[target_feature(enable = $features)]
         pub(super) unsafe fn $name(
@@ -17,6 +18,9 @@ macro_rules! tile {
             add: bool,
             emit: Option<&Emit>,
         ) {
+            if let Some(e) = emit {
+                fetch(e);
+            }
             let mut acc = [[_mm512_setzero_ps(); 2]; ROWS];
             let (mut l, mut r) = (l, r);
             for _ in 0..units {
@@ -33,32 +37,90 @@ macro_rules! tile {
                 // SAFETY: at most one past the end.
                 (l, r) = unsafe { (l.add(ROWS), r.add(COLUMNS)) };
             }
-            // Sums that begin here do not look at what the tile holds.
-            let mask = if add { 0xffff } else { 0 };
-            for (i, row) in acc.iter().enumerate() {
-                for (h, v) in row.iter().enumerate() {
-                    let at = i * COLUMNS + 16 * h;
-                    // SAFETY: within the tile, which starts at a cache line.
-                    unsafe {
-                        let before = _mm512_maskz_load_ps(mask, sums.add(at));
-                        _mm512_store_ps(sums.add(at), _mm512_add_ps(before, *v));
+            if add {
+                for (i, row) in acc.iter_mut().enumerate() {
+                    for (h, v) in row.iter_mut().enumerate() {
+                        // SAFETY: within the tile, which starts at a cache line.
+                        *v = _mm512_add_ps(unsafe { _mm512_load_ps(sums.add(i * COLUMNS + 16 * h)) }, *v);
                     }
                 }
             }
-            if let Some(e) = emit {
-                // SAFETY: the caller's promise.
-                unsafe { write(sums, e) };
+            // A whole tile goes where it belongs from the registers.
+            match emit {
+                Some(&Emit { to: Target::F32(y), at, stride, rows: ROWS, columns: COLUMNS }) => {
+                    for (i, row) in acc.iter().enumerate() {
+                        for (h, v) in row.iter().enumerate() {
+                            // SAFETY: the caller's promise.
+                            unsafe { _mm512_storeu_ps(y.wrapping_add(at + i * stride + 16 * h), *v) };
+                        }
+                    }
+                }
+                Some(&Emit { to: Target::Bf16(y), at, stride, rows: ROWS, columns: COLUMNS }) => {
+                    for (i, row) in acc.iter().enumerate() {
+                        // SAFETY: as above.
+                        unsafe { _mm512_storeu_epi16(y.wrapping_add(at + i * stride).cast(), $narrow(row[0], row[1])) };
+                    }
+                }
+                part => {
+                    for (i, row) in acc.iter().enumerate() {
+                        for (h, v) in row.iter().enumerate() {
+                            // SAFETY: within the tile, which starts at a cache line.
+                            unsafe { _mm512_store_ps(sums.add(i * COLUMNS + 16 * h), *v) };
+                        }
+                    }
+                    if let Some(e) = part {
+                        // SAFETY: the caller's promise.
+                        unsafe { write(sums, e) };
+                    }
+                }
             }
         }
     };
 }
 
-tile!(tile_f32, "avx512f,avx512bw,avx512vl", |sum, l, r| _mm512_fmadd_ps(
-    _mm512_castsi512_ps(l),
-    _mm512_castsi512_ps(r),
-    *sum
-));
-tile!(tile_bf16, "avx512f,avx512bw,avx512vl,avx512bf16", |sum, l, r| _mm512_dpbf16_ps(*sum, as_bf16(l), as_bf16(r)));
+tile!(
+    tile_f32,
+    "avx512f,avx512bw,avx512vl",
+    |sum, l, r| _mm512_fmadd_ps(_mm512_castsi512_ps(l), _mm512_castsi512_ps(r), *sum),
+    narrow
+);
+tile!(
+    tile_bf16,
+    "avx512f,avx512bw,avx512vl,avx512bf16",
+    |sum, l, r| _mm512_dpbf16_ps(*sum, as_bf16(l), as_bf16(r)),
+    narrow_bf16
+);
+
+/// Asks for the cache lines that a tile will be written to, while it is computed: without, each write waits for memory.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn fetch(e: &Emit) {
+    let (base, bytes) = match e.to {
+        Target::F32(y) => (y.cast::<u8>(), 4),
+        Target::Bf16(y) => (y.cast::<u8>(), 2),
+    };
+    for i in 0..e.rows {
+        let row = base.wrapping_add((e.at + i * e.stride) * bytes);
+        for line in (0..e.columns * bytes).step_by(64) {
+            _mm_prefetch::<_MM_HINT_ET0>(row.wrapping_add(line).cast());
+        }
+    }
+}
+
+/// Rounds 32 sums to bf16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn narrow(low: __m512, high: __m512) -> __m512i {
+    _mm512_inserti64x4::<1>(_mm512_castsi256_si512(rounded(low)), rounded(high))
+}
+
+/// As [`narrow`], by the instruction made for it.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn narrow_bf16(low: __m512, high: __m512) -> __m512i {
+    // SAFETY: both are 512 bits without meaning of their own.
+    unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(high, low)) }
+}
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
@@ -80,27 +142,26 @@ pub(crate) fn rounded(v: __m512) -> __m256i {
     _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(sum, nan, _mm512_set1_epi32(0x7fc0)))
 }
 
-/// Writes a tile where it belongs.
+/// Writes the part of a tile that is there.
 ///
 /// # Safety
 /// The tile starts at a cache line, the place lies within the target.
-#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn write(sums: *const f32, e: &Emit) {
-    let mask = |h: usize| {
-        let lanes = e.columns.saturating_sub(16 * h).min(16);
-        ((1u32 << lanes) - 1) as u16
-    };
-    let masks = [mask(0), mask(1)];
+    let mask = (u64::MAX >> (64 - e.columns.clamp(1, COLUMNS))) as u32;
     for i in 0..e.rows {
-        for (h, mask) in masks.into_iter().enumerate() {
-            let at = e.at + i * e.stride + 16 * h;
-            // SAFETY: the caller's promise; lanes outside are masked.
-            unsafe {
-                let v = _mm512_load_ps(sums.add(i * COLUMNS + 16 * h));
-                match e.to {
-                    Target::F32(y) => _mm512_mask_storeu_ps(y.wrapping_add(at), mask, v),
-                    Target::Bf16(y) => _mm256_mask_storeu_epi16(y.wrapping_add(at).cast(), mask, rounded(v)),
+        // SAFETY: the caller's promise; lanes outside are masked.
+        unsafe {
+            let [low, high] = [0, 16].map(|h| _mm512_load_ps(sums.add(i * COLUMNS + h)));
+            match e.to {
+                Target::F32(y) => {
+                    let y = y.wrapping_add(e.at + i * e.stride);
+                    _mm512_mask_storeu_ps(y, mask as u16, low);
+                    _mm512_mask_storeu_ps(y.wrapping_add(16), (mask >> 16) as u16, high);
+                }
+                Target::Bf16(y) => {
+                    let y = y.wrapping_add(e.at + i * e.stride).cast();
+                    _mm512_mask_storeu_epi16(y, mask, narrow(low, high));
                 }
             }
         }

@@ -31,9 +31,9 @@ pub(crate) const COLUMNS: usize = 32;
 /// Elements of a tile of the result: a panel by a panel.
 pub(crate) const TILE: usize = ROWS * COLUMNS;
 /// Units that go through the panels of a task at a time: a panel of the right operand stays in the first cache.
-const DEPTH: usize = 128;
+const DEPTH: usize = 256;
 /// Most panels of a task.
-const MOST: (usize, usize) = (44, 16);
+const MOST: (usize, usize) = (22, 16);
 /// Fewest panels of a task, which copying operands is worth.
 const FEWEST: (usize, usize) = (6, 4);
 /// Most units of an operand whose panels are made for all tasks together.
