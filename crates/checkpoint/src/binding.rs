@@ -192,20 +192,28 @@ fn problems(report: &BindReport, misfits: &[Misfit]) -> String {
     let mut text = String::new();
     if !report.missing.is_empty() {
         text += &format!("; missing ({}): ", report.missing.len());
-        let names: Vec<_> = report.missing.iter().map(|n| format!("{}{n}", report.prefix)).collect();
-        text += &names.join(", ");
+        text += &listed(report.missing.iter().map(|n| format!("{}{n}", report.prefix)));
     }
     if !misfits.is_empty() {
         text += &format!("; unusable ({}): ", misfits.len());
-        text += &misfits.iter().map(Misfit::to_string).collect::<Vec<_>>().join(", ");
+        text += &listed(misfits.iter());
     }
     text
+}
+
+/// Names with commas between them: of very many the first, and how many there are besides.
+pub fn listed<T: ToString>(items: impl ExactSizeIterator<Item = T>) -> String {
+    const MOST: usize = 12;
+    let rest = items.len().saturating_sub(MOST);
+    let first: Vec<String> = items.take(MOST).map(|i| i.to_string()).collect();
+    let first = first.join(", ");
+    if rest == 0 { first } else { format!("{first} and {rest} more") }
 }
 
 /// Finds every expected tensor in `dir` and accounts for the rest.
 ///
 /// # Errors
-/// When a tensor is missing, misshapen or of another element type than bf16, f16 and f32 (all are listed), when
+/// When a tensor is missing, misshapen or of another element type than bf16, f16 and f32 (the first are named), when
 /// expected names occur under two prefixes, or when none occurs at all.
 pub fn bind(dir: &HfDirectory, expected: &[Expected], rules: &NameRules) -> Result<Binding, BindError> {
     let path = dir.path().display().to_string();

@@ -59,6 +59,8 @@ choices! {
         Float32 = "float32",
         /// IEEE half precision.
         Float16 = "float16",
+        /// IEEE double precision, with which curves of training are proved. Not MaxText's.
+        Float64 = "float64",
     }
 
     /// How exactly XLA multiplies matrices.

@@ -6,7 +6,7 @@ use tensor::DType;
 use crate::arch::{Layer, LayerKind};
 use crate::called;
 use crate::layer::names;
-use crate::nn::{Angles, Result, masked_softmax, rms_norm, wide};
+use crate::nn::{Angles, Result, masked_softmax, rms_norm};
 use crate::partition::{Partition, constrain, names as axis};
 
 /// Query positions of one block of a full layer. A full layer goes through its queries block by block, so that its scores
@@ -255,7 +255,7 @@ fn masked_attention(g: &Graph, q: Value, kv: KeyValues, allowed: Value, seq: &Se
     let (t, group, e) = (d[lead], d[lead + 1], d[lead + 2]);
     let s = g.dims(kv.keys)[lead];
     let shape = |last: &[usize]| [&d[..lead], last].concat();
-    let float = wide(seq.dtype);
+    let float = seq.dtype.accumulator();
     // Scores stay in f32 (f64) up to the softmax, also where activations are narrower.
     if seq.partition.is_some() {
         // Positions and heads stay apart, so that either may be cut.

@@ -12,7 +12,7 @@ use crate::arch::{KvSource, LayerKind, PerKind};
 use crate::attention::KeyValues;
 use crate::layer::{LayerContext, LayerInput, LayerOutputs, LayerWeights, layer};
 use crate::layout::{Layout, Run, Slot, Stretch, role, stretches};
-use crate::nn::{Angles, Result, of_layer, per_layer_inputs, project, rms_norm, scale_embedding, scale_f32, wide};
+use crate::nn::{Angles, Result, of_layer, per_layer_inputs, project, rms_norm, scale_embedding, scale_f32};
 use crate::params::EMBED_TOKENS;
 use crate::partition::{Spread, constrain, gather, names as axis};
 use crate::{Arch, PerLayerInput};
@@ -55,7 +55,7 @@ pub(crate) fn soft_cap(g: &Graph, arch: &Arch, z: Value) -> Result<Value> {
     match arch.spec().final_logit_softcapping {
         // HF divides, takes tanh and multiplies, each rounded to the activation dtype.
         Some(cap) => {
-            let z_wide = g.convert(z, wide(dtype))?;
+            let z_wide = g.convert(z, dtype.accumulator())?;
             let ratio = g.convert(g.div(z_wide, g.full_like(z_wide, cap)?)?, dtype)?;
             scale_f32(g, g.tanh(ratio)?, cap)
         }

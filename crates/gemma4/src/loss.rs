@@ -9,7 +9,7 @@ use crate::Arch;
 use crate::called;
 use crate::decoder::{Decoder, LayerRemat, Tokens, Weights, lookup, spread};
 use crate::layout::Layout;
-use crate::nn::{Result, project, wide};
+use crate::nn::{Result, project};
 use crate::params::{EMBED_TOKENS, EMBED_TOKENS_PER_LAYER};
 use crate::partition::{Partition, Spread, names as axis};
 
@@ -121,7 +121,8 @@ pub fn loss_sums(
     let hidden = rows.deal(g, last)?;
     let targets = rows.deal(g, batch.targets)?;
     let segments = rows.deal(g, batch.target_segments)?;
-    let counted = g.convert(g.compare(Compare::Ne, segments, g.full_like(segments, 0.0)?)?, wide(options.dtype))?;
+    let counted =
+        g.convert(g.compare(Compare::Ne, segments, g.full_like(segments, 0.0)?)?, options.dtype.accumulator())?;
     let spread = layout.slots().iter().find(|s| s.name == EMBED_TOKENS).and_then(|s| spread(layout, s));
     let head = Head { cap: arch.spec().final_logit_softcapping, options, rows, spread };
     let [total, z] = head.cross_entropy(g, hidden, table, targets, counted)?;
@@ -214,7 +215,8 @@ impl Head<'_> {
         let backward = |g: &Graph, v: &[Value], kept: &[Value], ct: &[Value]| {
             let scaled = |kept: Option<&Value>, like: Value| -> Result<Option<Value>> {
                 let Some(&x) = kept else { return Ok(None) };
-                let x = g.mul_bcast(g.convert(x, wide(g.dtype(x)))?, g.convert(ct[0], wide(g.dtype(x)))?)?;
+                let x =
+                    g.mul_bcast(g.convert(x, g.dtype(x).accumulator())?, g.convert(ct[0], g.dtype(x).accumulator())?)?;
                 Ok(Some(g.convert(x, g.dtype(like))?))
             };
             Ok(vec![scaled(kept.first(), v[0])?, scaled(kept.get(1), v[1])?, None, None])

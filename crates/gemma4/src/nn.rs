@@ -6,11 +6,6 @@ use tensor::{DType, HostArray, Shape};
 use crate::arch::{ArchSpec, PerLayerInput, Rope};
 use crate::called;
 
-/// The dtype of statistics and transcendental functions: f32, or f64 in a run that carries f64 activations.
-pub(crate) fn wide(dtype: DType) -> DType {
-    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
-}
-
 pub(crate) type Result<T> = std::result::Result<T, GraphError>;
 
 /// RMS norm over the last axis: statistics and weight in f32, then **one** rounding to the dtype of `x`.
@@ -28,23 +23,23 @@ pub(crate) fn rms_norm(g: &Graph, x: Value, weight: Option<Value>, eps: f64, cal
     let width = g.dims(x)[last] as f64;
     let inputs: Vec<Value> = [x].into_iter().chain(weight).collect();
     let forward = |g: &Graph, v: &[Value]| {
-        let x32 = g.convert(v[0], wide(dtype))?;
+        let x32 = g.convert(v[0], dtype.accumulator())?;
         let sum = g.reduce_sum_keep(g.mul(x32, x32)?, &[last])?;
         let mean = g.mul_scalar(sum, 1.0 / width)?;
         let inverse = g.rsqrt(g.add_scalar(mean, eps)?)?;
         let mut y = g.mul_bcast(x32, inverse)?;
         if let Some(&w) = v.get(1) {
-            y = g.mul_bcast(y, g.convert(w, wide(dtype))?)?;
+            y = g.mul_bcast(y, g.convert(w, dtype.accumulator())?)?;
         }
         Ok((vec![g.convert(y, dtype)?], vec![inverse]))
     };
     // With n = x * inverse: dx = inverse * (ct * w - n * mean(ct * w * n)), dw = sum over rows of ct * n.
     let backward = |g: &Graph, v: &[Value], kept: &[Value], ct: &[Value]| {
-        let x32 = g.convert(v[0], wide(dtype))?;
-        let ct32 = g.convert(ct[0], wide(dtype))?;
+        let x32 = g.convert(v[0], dtype.accumulator())?;
+        let ct32 = g.convert(ct[0], dtype.accumulator())?;
         let n = g.mul_bcast(x32, kept[0])?;
         let scaled = match v.get(1) {
-            Some(&w) => g.mul_bcast(ct32, g.convert(w, wide(dtype))?)?,
+            Some(&w) => g.mul_bcast(ct32, g.convert(w, dtype.accumulator())?)?,
             None => ct32,
         };
         let mean = g.mul_scalar(g.reduce_sum_keep(g.mul(scaled, n)?, &[last])?, 1.0 / width)?;
@@ -77,19 +72,19 @@ pub(crate) fn gated_gelu(g: &Graph, gate: Value, up: Value, called: bool) -> Res
     };
     let gelu = |g: &Graph, u: Value, t: Value| g.mul(g.mul_scalar(u, 0.5)?, g.add_scalar(t, 1.0)?);
     let forward = |g: &Graph, v: &[Value]| {
-        let u = g.convert(v[0], wide(dtype))?;
+        let u = g.convert(v[0], dtype.accumulator())?;
         let (t, _) = tanh(g, u)?;
         Ok((vec![g.mul(g.convert(gelu(g, u, t)?, dtype)?, v[1])?], Vec::new()))
     };
     let backward = |g: &Graph, v: &[Value], _: &[Value], ct: &[Value]| {
-        let u = g.convert(v[0], wide(dtype))?;
+        let u = g.convert(v[0], dtype.accumulator())?;
         let (t, square) = tanh(g, u)?;
-        let ct = g.convert(ct[0], wide(dtype))?;
+        let ct = g.convert(ct[0], dtype.accumulator())?;
         // gelu' = (1 + t) / 2 + u / 2 * (1 - t^2) * slope * (1 + 3 CUBIC u^2)
         let inner = g.mul_scalar(g.add_scalar(g.mul_scalar(square, 3.0 * CUBIC)?, 1.0)?, slope)?;
         let bend = g.mul(g.mul(u, inner)?, g.add_scalar(g.neg(g.mul(t, t)?)?, 1.0)?)?;
         let d = g.mul_scalar(g.add(g.add_scalar(t, 1.0)?, bend)?, 0.5)?;
-        let d_gate = g.mul(g.mul(ct, g.convert(v[1], wide(dtype))?)?, d)?;
+        let d_gate = g.mul(g.mul(ct, g.convert(v[1], dtype.accumulator())?)?, d)?;
         let d_up = g.mul(ct, gelu(g, u, t)?)?;
         Ok(vec![Some(g.convert(d_gate, dtype)?), Some(g.convert(d_up, dtype)?)])
     };
@@ -99,7 +94,7 @@ pub(crate) fn gated_gelu(g: &Graph, gate: Value, up: Value, called: bool) -> Res
 /// `x` times an f32 scalar with one rounding, as torch multiplies a tensor by a Python float.
 pub(crate) fn scale_f32(g: &Graph, x: Value, s: f64) -> Result<Value> {
     let dtype = g.dtype(x);
-    g.convert(g.mul_scalar(g.convert(x, wide(dtype))?, s)?, dtype)
+    g.convert(g.mul_scalar(g.convert(x, dtype.accumulator())?, s)?, dtype)
 }
 
 /// Rows of the token table `[b, t, d]`, in the activation dtype, to what enters the first layer.
@@ -144,16 +139,17 @@ pub(crate) struct Angles {
 }
 
 impl Angles {
-    /// Angles of `positions` `[b, t]` (i32): computed in f32, then rounded to `dtype`.
+    /// Angles of `positions` `[b, t]` (i32), computed in f32 and then rounded to `dtype`. Frequencies are f32 numbers, as the
+    /// reference keeps them, also where the arithmetic is f64.
     pub(crate) fn new(g: &Graph, positions: Value, rope: Rope, head_dim: usize, dtype: DType) -> Result<Self> {
         let frequencies = rope.inv_freq(head_dim);
         let half = frequencies.len();
         let bt = g.dims(positions);
         let shape = [bt[0], bt[1], half];
+        let wide = dtype.accumulator();
         let f = g.constant(HostArray::from_slice([half], &frequencies).expect("one value per frequency"))?;
-        let p = g.convert(positions, DType::F32)?;
+        let (f, p) = (g.convert(f, wide)?, g.convert(positions, wide)?);
         let angle = g.mul(g.broadcast_in_dim(p, shape, &[0, 1])?, g.broadcast_in_dim(f, shape, &[2])?)?;
-        let angle = g.convert(angle, wide(dtype))?;
         Ok(Angles { cos: g.convert(g.cos(angle)?, dtype)?, sin: g.convert(g.sin(angle)?, dtype)? })
     }
 

@@ -117,6 +117,12 @@ impl DType {
         matches!(self, DType::F16 | DType::BF16 | DType::F32 | DType::F64)
     }
 
+    /// What sums and statistics of such values are computed in: f64 of f64, else f32.
+    #[must_use]
+    pub const fn accumulator(self) -> DType {
+        if matches!(self, DType::F64) { DType::F64 } else { DType::F32 }
+    }
+
     /// Whether it is a signed or unsigned integer type (`Bool` is not).
     #[must_use]
     pub const fn is_integer(self) -> bool {

@@ -188,6 +188,30 @@ fn a_table_trained_on_the_host_resumes_bit_for_bit() {
 }
 
 #[test]
+fn curves_are_proved_in_f64() {
+    let _turn = alone();
+    let dir = tempfile::tempdir().unwrap();
+    write_text(dir.path());
+    let run = |name: &str, dtypes: &[&'static str]| {
+        let said = train(dir.path(), name, &[dtypes, &["steps=4", "checkpoint_period=4"]].concat()).exits(0).stderr;
+        (losses(&dir.path().join(name)), said)
+    };
+    let (exact, said) = run("exact", &["dtype=float64", "weight_dtype=float64"]);
+    assert!(said.contains("no checkpoints: weights are float64"), "{said}");
+    assert!(!dir.path().join("exact/checkpoints").exists());
+    let (again, _) = run("again", &["dtype=float64", "weight_dtype=float64"]);
+    assert_eq!(exact, again);
+    // Weights in f32 round once a step, activations in f32 everywhere.
+    let (rounded, _) = run("rounded", &["dtype=float64"]);
+    let (narrow, _) = run("narrow", &["dtype=float32"]);
+    for (((step, exact), (_, rounded)), (_, narrow)) in exact.iter().zip(&rounded).zip(&narrow) {
+        assert!((exact - rounded).abs() <= 1e-5 * exact, "step {step}: {exact} in f64, {rounded} with f32 weights");
+        assert!((exact - narrow).abs() <= 1e-4 * exact, "step {step}: {exact} in f64, {narrow} in f32");
+    }
+    assert!(exact.iter().zip(&narrow).any(|(a, b)| a.1 != b.1), "{exact:?}");
+}
+
+#[test]
 fn a_loss_that_is_no_number_stops_the_run_and_leaves_its_batch() {
     let _turn = alone();
     let dir = tempfile::tempdir().unwrap();

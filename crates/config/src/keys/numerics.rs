@@ -12,7 +12,7 @@ pub(super) const KEYS: &[Key] = &within(
             FloatType::WORDS,
             "bfloat16",
             "Type of activations, and the type weights are rounded to before a product. `float32` is the mode of \
-             proof, `bfloat16` the mode of speed.",
+             proof, `bfloat16` the mode of speed; `float64` proves curves of training on a CPU.",
         ),
         Key::choice("weight_dtype", FloatType::WORDS, "float32", "Type in which trained weights are stored."),
         Key::choice("grad_dtype", FloatType::WORDS, "float32", "Type to which f32 gradients are rounded."),
@@ -65,8 +65,8 @@ pub(super) const MEMORY: &[Key] = &within(
             "num_vocab_tiling",
             1,
             "Number of pieces in which output projection and loss are computed; divides the tokens per device. \
-             Memory falls, the result stays the same up to rounding. Left out, as many as keep the logits of a piece \
-             near 64 MiB.",
+             Memory falls, the result stays the same up to rounding. Left out: one piece up to 64 MiB of \
+             f32 logits, else at least two, each of 256 MiB or 512 tokens, whatever is more.",
         )
         .at_least(1),
         Key::choice(

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use checkpoint::binding::{BindReport, Expected, bind};
+use checkpoint::binding::{BindReport, Expected, bind, listed};
 use checkpoint::copy::{Item, Op, Store};
 use checkpoint::hf::{HfDirectory, HfError, INDEX_FILE, SINGLE_FILE};
 use checkpoint::orbax::{OrbaxCheckpoint, is_orbax};
@@ -207,7 +207,7 @@ impl Weights {
     ///
     /// # Errors
     /// [`EngineError::NoArchitecture`] when neither the checkpoint nor the hints tell the architecture; others when a
-    /// parameter is missing or misshapen (all are listed), or the configuration is not one of Gemma 4.
+    /// parameter is missing or misshapen (the first are named), or the configuration is not one of Gemma 4.
     pub fn find(checkpoint: Checkpoint, hints: &Hints<'_>) -> Result<Self> {
         let stored = match &checkpoint {
             Checkpoint::Hf(dir) => stored_in(dir)?,
@@ -409,10 +409,10 @@ fn bind_orbax(
 fn unfit(checkpoint: &OrbaxCheckpoint, missing: &[String], misfits: &[String]) -> String {
     let mut text = "does not fit the model".to_owned();
     if !missing.is_empty() {
-        text += &format!("; missing ({}): {}", missing.len(), missing.join(", "));
+        text += &format!("; missing ({}): {}", missing.len(), listed(missing.iter()));
     }
     if !misfits.is_empty() {
-        text += &format!("; unusable ({}): {}", misfits.len(), misfits.join(", "));
+        text += &format!("; unusable ({}): {}", misfits.len(), listed(misfits.iter()));
     }
     if checkpoint.custom_metadata().get("scan_layers") == Some(&Value::Bool(true)) {
         text += "; it was written with scan_layers=true, whose stacked layers are not read";

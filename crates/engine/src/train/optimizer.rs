@@ -142,16 +142,19 @@ pub(crate) fn apply(
     if may_call && let Some(updated) = called(g, &update.rule, [p, grad], moments, [factor, scalars], decayed)? {
         return Ok(updated);
     }
-    let grad = g.convert(grad, DType::F32)?;
-    let f32_of = |v: Value| g.convert(v, DType::F32);
-    let scalar = |i: usize| g.reshape(g.slice_dim(scalars, 0, i, i + 1)?, []);
+    // Computed in f32; in f64 where gradients or the parameter are.
+    let in_f64 = [grad, p].iter().any(|&v| g.dtype(v) == DType::F64);
+    let dtype = if in_f64 { DType::F64 } else { DType::F32 };
+    let widened = |v: Value| g.convert(v, dtype);
+    let scalar = |i: usize| widened(g.reshape(g.slice_dim(scalars, 0, i, i + 1)?, [])?);
+    let (grad, factor) = (widened(grad)?, widened(factor)?);
     let rate = scalar(0)?;
     let grad = g.mul_bcast(grad, factor)?;
-    let wide = f32_of(p)?;
+    let wide = widened(p)?;
     let (step, after) = match (&update.rule, moments) {
         (Rule::AdamW(a), Moments { mu: Some(mu), nu: Some(nu) }) => {
             let average = |old: Value, new: Value, decay: f64| {
-                g.add(g.mul_scalar(f32_of(old)?, decay)?, g.mul_scalar(new, 1.0 - decay)?)
+                g.add(g.mul_scalar(widened(old)?, decay)?, g.mul_scalar(new, 1.0 - decay)?)
             };
             let mu_new = average(*mu, grad, a.b1)?;
             let nu_new = average(*nu, g.mul(grad, grad)?, a.b2)?;
@@ -179,11 +182,11 @@ pub(crate) fn sum_of_squares(g: &Graph, v: Value, may_call: bool) -> Result<Valu
     if may_call && [DType::F32, DType::BF16].contains(&g.dtype(narrow)) {
         return Ok(g.custom_call(SQUARES, &[narrow], &[TensorType::new(DType::F32, [])], &[])?[0]);
     }
-    let x = g.convert(v, DType::F32)?;
+    let x = g.convert(v, g.dtype(v).accumulator())?;
     let mut s = g.mul(x, x)?;
     let rank = g.shape(s).rank();
     if rank > 1 {
         s = g.reduce_sum(s, &(0..rank - 1).collect::<Vec<_>>())?;
     }
-    g.reduce_sum(s, &(0..g.shape(s).rank()).collect::<Vec<_>>())
+    g.convert(g.reduce_sum(s, &(0..g.shape(s).rank()).collect::<Vec<_>>())?, DType::F32)
 }

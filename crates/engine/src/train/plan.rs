@@ -16,8 +16,13 @@ use super::schedule::Schedule;
 use super::step::{PerLayerTable, Role, StepOptions, device_slots};
 use crate::metrics::summary::ParameterCounts;
 
-/// f32 logits of one block take about this much where `num_vocab_tiling` is left to us.
-const BLOCK_BYTES: usize = 64 << 20;
+/// Where `num_vocab_tiling` is left to us, f32 logits that take no more than this are one block,
+const WHOLE_BYTES: usize = 64 << 20;
+/// and larger ones at least two, each of about this much
+const BLOCK_BYTES: usize = 256 << 20;
+/// or so many rows: every block reads the whole table twice and adds to all of its gradient, which fewer rows do not pay for
+/// (a row is 6 FLOP an element, the traffic some 12 bytes; devices have 100 to 300 FLOP a byte).
+const BLOCK_ROWS: usize = 512;
 
 /// What a run is built of.
 #[derive(Debug, Clone)]
@@ -312,10 +317,17 @@ fn frozen_dtype(activations: DType) -> DType {
     activations
 }
 
-/// As few blocks as keep one block's logits near [`BLOCK_BYTES`].
+/// As few blocks as keep one block's logits near [`BLOCK_BYTES`] or [`BLOCK_ROWS`], whatever is more.
 fn blocks_that_pay(rows: usize, vocab: usize) -> usize {
-    let wanted = (rows * vocab * 4).div_ceil(BLOCK_BYTES).clamp(1, rows.max(1));
-    (wanted..=rows).find(|b| rows.is_multiple_of(*b)).unwrap_or(1)
+    let bytes = vocab * 4;
+    if rows * bytes <= WHOLE_BYTES {
+        return 1;
+    }
+    let block = (BLOCK_BYTES / bytes.max(1)).max(BLOCK_ROWS);
+    let wanted = rows.div_ceil(block).max(2);
+    let blocks = (wanted..=rows).find(|b| rows.is_multiple_of(*b)).unwrap_or(1);
+    // Rows that do not divide well go in one block if that is not much more than a block.
+    if rows <= 2 * block && rows / blocks < block / 8 { 1 } else { blocks }
 }
 
 fn float(f: FloatType) -> DType {
@@ -323,6 +335,7 @@ fn float(f: FloatType) -> DType {
         FloatType::BFloat16 => DType::BF16,
         FloatType::Float16 => DType::F16,
         FloatType::Float32 => DType::F32,
+        FloatType::Float64 => DType::F64,
     }
 }
 
@@ -414,10 +427,15 @@ mod tests {
 
     #[test]
     fn blocks_divide_the_rows_and_bound_the_logits() {
-        assert_eq!(blocks_that_pay(2048, 32768), 4);
         assert_eq!(blocks_that_pay(16, 512), 1);
+        assert_eq!(blocks_that_pay(2048, 32768), 2);
+        assert_eq!(blocks_that_pay(16384, 32768), 8);
         // 262144 x 4 bytes is 1 MiB a row.
-        assert_eq!(blocks_that_pay(1024, 262_144), 16);
-        assert_eq!(blocks_that_pay(97, 262_144), 97);
+        assert_eq!(blocks_that_pay(64, 262_144), 1);
+        assert_eq!(blocks_that_pay(512, 262_144), 2);
+        assert_eq!(blocks_that_pay(4096, 262_144), 8);
+        // Prime numbers.
+        assert_eq!(blocks_that_pay(97, 262_144), 1);
+        assert_eq!(blocks_that_pay(4099, 262_144), 4099);
     }
 }

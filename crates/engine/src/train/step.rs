@@ -264,13 +264,14 @@ impl Builder<'_> {
         loss_sums(g, self.arch, self.layout, &options, params, &batch)
     }
 
-    /// Sums over all micro-batches and the summed gradients of `wanted` slots, in f32.
+    /// Sums over all micro-batches and the summed gradients of `wanted` slots, in f32 (f64 of f64 activations).
     fn gradients(&self, inputs: &Inputs, wanted: &[&Slot]) -> Result<(LossSums, Vec<Value>)> {
         let g = self.g;
         let head = match wanted.iter().any(|s| s.spec().name == EMBED_TOKENS) {
             true => HeadGradient::HiddenAndTable,
             false => HeadGradient::Hidden,
         };
+        let summed = self.options.loss.dtype.accumulator();
         // Frozen parameters of every slot, then the trained: what a loop takes as invariants.
         let names: Vec<String> = self.slots().map(|s| s.name.clone()).collect();
         let micro = |g: &Graph, params: &HashMap<String, Value>, b: &[Value]| -> Result<(LossSums, Vec<Value>)> {
@@ -283,8 +284,8 @@ impl Builder<'_> {
                 .zip(wanted)
                 .map(|((grad, &p), slot)| {
                     let grad = match grad {
-                        Some(grad) => g.convert(grad, DType::F32)?,
-                        None => g.splat(DType::F32, g.shape(p), 0.0)?,
+                        Some(grad) => g.convert(grad, summed)?,
+                        None => g.splat(summed, g.shape(p), 0.0)?,
                     };
                     like_slot(g, slot, grad)
                 })
@@ -298,7 +299,7 @@ impl Builder<'_> {
         let zero = g.scalar(DType::F32, 0.0)?;
         let mut carry = vec![zero; 3];
         for s in wanted {
-            carry.push(like_slot(g, s, g.splat(DType::F32, s.shape.clone(), 0.0)?)?);
+            carry.push(like_slot(g, s, g.splat(summed, s.shape.clone(), 0.0)?)?);
         }
         let consts: Vec<Value> = names.iter().map(|n| inputs.params[n]).collect();
         let (out, _) = g.scan(n, &carry, &inputs.batch, &consts, |g, c, x, k| {
@@ -391,7 +392,7 @@ pub fn step_program(
 
 /// Gradients of the **mean** loss by every trained slot, and [`StepSums`]: for tests and for updates made elsewhere.
 ///
-/// Inputs: the slots, the batch fields. Outputs: `grad:` and the slot's name, f32; the sums.
+/// Inputs: the slots, the batch fields. Outputs: `grad:` and the slot's name, in f32 (f64 of f64 activations); the sums.
 ///
 /// # Errors
 /// When shapes do not fit each other.
@@ -407,7 +408,7 @@ pub fn gradient_program(
     let slots = b.trained();
     let (sums, grads) = b.gradients(&inputs, &slots)?;
     let mean = per_target(&g, &sums)?;
-    b.gradient_outputs(&slots, &grads, |grad| g.mul_bcast(grad, mean))?;
+    b.gradient_outputs(&slots, &grads, |grad| g.mul_bcast(grad, g.convert(mean, g.dtype(grad))?))?;
     b.plain_sums(&sums)?;
     g.finish()
 }

@@ -10,6 +10,7 @@ use config::Config;
 use gemma4::param_table;
 use gemma4::params::EMBED_TOKENS_PER_LAYER;
 use serde_json::json;
+use tensor::DType;
 
 use super::TrainError;
 use super::device::{CompileReport, Device, HostState, Moments};
@@ -147,10 +148,12 @@ pub fn train(
     let checkpoints = run_dir.join("checkpoints");
     // Opening a store clears what a killed run left: process 0 first, and no one saves before all have looked.
     let sign = if rank == 0 { None } else { Some(together(peers, 0.0)?) };
-    if let Some(sign) = sign.filter(|_| config.checkpoint.enable) {
+    // Model directories do not hold f64.
+    let saves = config.checkpoint.enable && plan.step.weight_dtype != DType::F64;
+    if let Some(sign) = sign.filter(|_| saves) {
         shared_files(&checkpoints, sign)?;
     }
-    let store = match config.checkpoint.enable {
+    let store = match saves {
         true => Some(Arc::new(Store::open(&checkpoints, store_options(config, &plan, given.as_ref(), share))?)),
         false => None,
     };
@@ -162,9 +165,9 @@ pub fn train(
     let start = loaded.as_ref().map_or(0, |l| l.state.step);
     let signed = match (rank, peers) {
         (0, Some(_)) => {
-            let sign = if config.checkpoint.enable { sign_files(&checkpoints)? } else { 0.0 };
+            let sign = if saves { sign_files(&checkpoints)? } else { 0.0 };
             together(peers, sign)?;
-            config.checkpoint.enable
+            saves
         }
         _ => false,
     };
@@ -185,6 +188,9 @@ pub fn train(
     }
 
     events(Event::Summary(&summary(&plan, config)));
+    if config.checkpoint.enable && !saves {
+        events(Event::Status("no checkpoints: weights are float64, which model directories do not hold"));
+    }
 
     // Data before the compiler: its mistakes show at once.
     let rows = plan.step.rows * plan.step.accumulation * replicas;

@@ -14,6 +14,7 @@ pub(crate) mod pack;
 mod portable;
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use half::bf16;
 
@@ -36,8 +37,10 @@ const DEPTH: usize = 256;
 const MOST: (usize, usize) = (22, 16);
 /// Fewest panels of a task, which copying operands is worth.
 const FEWEST: (usize, usize) = (6, 4);
-/// Most units of an operand whose panels are made for all tasks together.
+/// Most units of an operand whose panels are made at once for all tasks.
 const SHARED: usize = 4 << 20;
+/// Most sums that are kept while what is summed over goes by in phases: as the panels, they should stay in the last cache.
+const SUMS: usize = 2 << 20;
 /// Panels that are made at a time.
 const GROUP: usize = 8;
 /// Tasks that a product is cut into if it is large enough.
@@ -219,16 +222,41 @@ struct Job {
     steps: usize,
 }
 
-/// Part `i` of `n`: from, to.
-fn part(whole: usize, n: usize, i: usize) -> (usize, usize) {
-    (whole * i / n, whole * (i + 1) / n)
+/// Part `i` of `n`.
+fn part(whole: usize, n: usize, i: usize) -> Range<usize> {
+    whole * i / n..whole * (i + 1) / n
 }
 
-/// An operand's panels, made once for all tasks that read them.
+/// Which operands' panels are made for all tasks together, and how the product is cut for them to have their limits.
+#[derive(Clone, Copy)]
+struct Sharing {
+    left: bool,
+    right: bool,
+    phases: Phases,
+}
+
+#[derive(Clone, Copy)]
+enum Phases {
+    One,
+    /// Some steps after the others: sums of the whole result are kept meanwhile.
+    Steps,
+    /// Some columns after the others.
+    Columns,
+}
+
+/// What is made together: some steps of some blocks of columns.
+struct Phase {
+    steps: Range<usize>,
+    columns: Range<usize>,
+}
+
+/// An operand's panels for a phase, made once for all tasks that read them.
 struct Packed {
     units: *mut u32,
-    /// Panels of one product.
-    panels: usize,
+    /// The panels, in each product of the batch.
+    panels: Range<usize>,
+    /// The units.
+    depth: Range<usize>,
 }
 
 // SAFETY: threads write parts of their own, and read only when all are written.
@@ -239,102 +267,199 @@ impl Packed {
     ///
     /// # Safety
     /// They are there.
-    unsafe fn at<const W: usize>(&self, job: &Job, b: usize, step: (usize, usize), panel: usize) -> *mut u32 {
-        let before = (b * job.units + step.0) * self.panels + panel * (step.1 - step.0);
+    unsafe fn at<const W: usize>(&self, b: usize, step: &Range<usize>, panel: usize) -> *mut u32 {
+        let before = (b * self.depth.len() + step.start - self.depth.start) * self.panels.len();
         // SAFETY: the caller's promise.
-        unsafe { self.units.add(before * W) }
+        unsafe { self.units.add((before + (panel - self.panels.start) * step.len()) * W) }
     }
 }
 
+/// The sums of the whole result, kept from phase to phase.
+#[derive(Clone, Copy)]
+struct Sums(*mut u32);
+
+// SAFETY: every tile belongs to one task of a phase.
+unsafe impl Sync for Sums {}
+
 impl Job {
     fn run(&self, run: Run<'_>) {
-        let Product { batch, m, n, .. } = self.p;
-        let (rows, columns) = (m.div_ceil(ROWS), n.div_ceil(COLUMNS));
-        let mut left = self.shares(self.blocks.1, rows * ROWS).then(|| Buffer::new(batch * rows * ROWS * self.units));
-        let mut right =
-            self.shares(self.blocks.0, columns * COLUMNS).then(|| Buffer::new(batch * columns * COLUMNS * self.units));
-        let left = left.as_mut().map(|b| Packed { units: b.as_mut_ptr(), panels: rows });
-        let right = right.as_mut().map(|b| Packed { units: b.as_mut_ptr(), panels: columns });
-        let (left, right) = (left.as_ref(), right.as_ref());
-        if left.is_some() || right.is_some() {
-            // So many panels at a time that they are worth a look at the counter.
-            let groups = |p: Option<&Packed>| p.map_or(0, |p| p.panels.div_ceil(GROUP));
-            let [of_left, of_right] = [left, right].map(|p| groups(p) * self.steps * batch);
-            each(
-                run,
-                of_left + of_right,
-                || (),
-                |(), i| match (left, right) {
-                    // SAFETY: every group is made once.
-                    (Some(p), _) if i < of_left => unsafe { self.pack::<ROWS>(p, &self.lhs, i) },
-                    // SAFETY: as above.
-                    (_, Some(p)) => unsafe { self.pack::<COLUMNS>(p, &self.rhs, i - of_left) },
-                    _ => {}
-                },
-            );
+        let batch = self.p.batch;
+        let (rows, columns) = self.panels();
+        let sharing = self.sharing();
+        let phases = self.phases(sharing);
+        let most = |size: &dyn Fn(&Phase) -> usize| phases.iter().map(size).max().unwrap_or(0);
+        let depth = |p: &Phase| self.depth(&p.steps).len();
+        let mut left = Buffer::new(if sharing.left { batch * rows * ROWS * most(&depth) } else { 0 });
+        let wide = |p: &Phase| self.columns(&p.columns).len() * depth(p);
+        let mut right = Buffer::new(if sharing.right { batch * COLUMNS * most(&wide) } else { 0 });
+        let in_steps = phases.iter().any(|p| p.steps.len() < self.steps);
+        let mut sums = in_steps.then(|| Buffer::new(batch * rows * columns * TILE));
+        let sums = sums.as_mut().map(|s| Sums(s.as_mut_ptr()));
+        let mut steps = 0..0;
+        for phase in &phases {
+            let depth = self.depth(&phase.steps);
+            let of = |there: bool, units: *mut u32, panels: Range<usize>| {
+                there.then(|| Packed { units, panels, depth: depth.clone() })
+            };
+            let l = of(sharing.left, left.as_mut_ptr(), 0..rows);
+            let r = of(sharing.right, right.as_mut_ptr(), self.columns(&phase.columns));
+            // The left operand's are those of the phase before where only columns are others.
+            let fresh = l.as_ref().filter(|_| phase.steps != steps);
+            steps = phase.steps.clone();
+            self.pack_all(run, &phase.steps, fresh, r.as_ref());
+            self.tasks(run, phase, l.as_ref(), r.as_ref(), sums);
         }
-        let tasks = self.blocks.0 * self.blocks.1 * batch;
+    }
+
+    /// Panels of the operands.
+    fn panels(&self) -> (usize, usize) {
+        (self.p.m.div_ceil(ROWS), self.p.n.div_ceil(COLUMNS))
+    }
+
+    /// Which operands' panels are made for all tasks together: those that several read.
+    fn sharing(&self) -> Sharing {
+        let (rows, columns) = self.panels();
+        let units = self.p.batch * self.units;
+        let mut s = Sharing { left: self.blocks.1 > 1, right: self.blocks.0 > 1, phases: Phases::One };
+        let fits = |there: bool, lanes: usize| !there || lanes * units <= SHARED;
+        let (left, right) = (fits(s.left, rows * ROWS), fits(s.right, columns * COLUMNS));
+        match (left, right) {
+            (true, true) => {}
+            _ if self.p.batch * rows * columns * TILE <= SUMS => s.phases = Phases::Steps,
+            (true, false) => s.phases = Phases::Columns,
+            _ => (s.left, s.right) = (left && s.left, right && s.right),
+        }
+        s
+    }
+
+    /// Cuts the product so that what is shared in a phase has its limits.
+    fn phases(&self, sharing: Sharing) -> Vec<Phase> {
+        let (rows, columns) = self.panels();
+        let lanes = match sharing {
+            Sharing { left: true, right: false, .. } => rows * ROWS,
+            Sharing { left: false, right: true, .. } => columns * COLUMNS,
+            _ => (rows * ROWS).max(columns * COLUMNS),
+        };
+        let n = (self.p.batch * lanes * self.units).div_ceil(SHARED);
+        let cut = |whole: usize, n: usize| (0..n).map(move |i| part(whole, n, i));
+        match sharing.phases {
+            Phases::One => vec![Phase { steps: 0..self.steps, columns: 0..self.blocks.1 }],
+            Phases::Steps => {
+                cut(self.steps, n.min(self.steps)).map(|steps| Phase { steps, columns: 0..self.blocks.1 }).collect()
+            }
+            Phases::Columns => cut(self.blocks.1, n.min(self.blocks.1))
+                .map(|columns| Phase { steps: 0..self.steps, columns })
+                .collect(),
+        }
+    }
+
+    /// Units of a step.
+    fn step(&self, step: usize) -> Range<usize> {
+        part(self.units, self.steps, step)
+    }
+
+    /// Units of several steps.
+    fn depth(&self, steps: &Range<usize>) -> Range<usize> {
+        self.step(steps.start).start..self.step(steps.end - 1).end
+    }
+
+    /// Panels of blocks of columns.
+    fn columns(&self, blocks: &Range<usize>) -> Range<usize> {
+        let of = |block| part(self.panels().1, self.blocks.1, block);
+        of(blocks.start).start..of(blocks.end - 1).end
+    }
+
+    /// Makes the panels that are shared, as many at a time as are worth a look at the counter.
+    fn pack_all(&self, run: Run<'_>, steps: &Range<usize>, left: Option<&Packed>, right: Option<&Packed>) {
+        let groups = |p: Option<&Packed>| p.map_or(0, |p| p.panels.len().div_ceil(GROUP));
+        let [of_left, of_right] = [left, right].map(|p| groups(p) * steps.len() * self.p.batch);
+        if of_left + of_right == 0 {
+            return;
+        }
+        each(
+            run,
+            of_left + of_right,
+            || (),
+            |(), i| match (left, right) {
+                // SAFETY: every group is made once.
+                (Some(p), _) if i < of_left => unsafe { self.pack::<ROWS>(p, &self.lhs, steps, i) },
+                // SAFETY: as above.
+                (_, Some(p)) => unsafe { self.pack::<COLUMNS>(p, &self.rhs, steps, i - of_left) },
+                _ => {}
+            },
+        );
+    }
+
+    /// Makes group `i` of an operand's panels, of some steps and all products.
+    ///
+    /// # Safety
+    /// Nobody else makes or reads it meanwhile.
+    unsafe fn pack<const W: usize>(&self, to: &Packed, x: &Operand, steps: &Range<usize>, i: usize) {
+        let groups = to.panels.len().div_ceil(GROUP);
+        let (group, i) = (i % groups, i / groups);
+        let (step, b) = (self.step(steps.start + i % steps.len()), i / steps.len());
+        let first = to.panels.start + group * GROUP;
+        let last = to.panels.end.min(first + GROUP);
+        // SAFETY: the group is within the panels.
+        unsafe {
+            let place = to.at::<W>(b, &step, first);
+            pack::panels::<W>(self.kernel, x, b, first * W, last - first, step, place);
+        }
+    }
+
+    fn tasks(&self, run: Run<'_>, phase: &Phase, left: Option<&Packed>, right: Option<&Packed>, sums: Option<Sums>) {
+        let (rows, columns) = self.panels();
         let (tall, wide) = (rows.div_ceil(self.blocks.0), columns.div_ceil(self.blocks.1));
         let room = || Room {
             lhs: Buffer::new(if left.is_some() { 0 } else { tall * ROWS * DEPTH }),
             rhs: Buffer::new(if right.is_some() { 0 } else { wide * COLUMNS * DEPTH }),
-            sums: Buffer::new(tall * wide * TILE),
+            sums: Buffer::new(if sums.is_some() { 0 } else { tall * wide * TILE }),
         };
-        each(run, tasks, room, |room, task| self.task(task, left, right, room));
+        let per_product = self.blocks.0 * phase.columns.len();
+        each(run, per_product * self.p.batch, room, |room, task| {
+            let (b, block) = (task / per_product, task % per_product);
+            // Neighbours share their columns of the right operand.
+            let (row, column) = (block % self.blocks.0, phase.columns.start + block / self.blocks.0);
+            let place = Place {
+                b,
+                rows: part(rows, self.blocks.0, row),
+                columns: part(columns, self.blocks.1, column),
+                steps: phase.steps.clone(),
+            };
+            self.task(&place, left, right, room, sums);
+        });
     }
 
-    /// Whether panels with so many lanes, which so many tasks read, are made for all of them together.
-    fn shares(&self, readers: usize, lanes: usize) -> bool {
-        readers > 1 && self.p.batch * lanes * self.units <= SHARED
-    }
-
-    /// Units `from..to` of a step.
-    fn step(&self, step: usize) -> (usize, usize) {
-        part(self.units, self.steps, step)
-    }
-
-    /// Makes group `i` of an operand's panels, of all steps and products.
-    ///
-    /// # Safety
-    /// Nobody else makes or reads it meanwhile.
-    unsafe fn pack<const W: usize>(&self, to: &Packed, x: &Operand, i: usize) {
-        let groups = to.panels.div_ceil(GROUP);
-        let (group, step, b) = (i % groups, self.step(i / groups % self.steps), i / groups / self.steps);
-        let (first, last) = (group * GROUP, to.panels.min((group + 1) * GROUP));
-        // SAFETY: the group is within the panels.
-        unsafe {
-            let place = to.at::<W>(self, b, step, first);
-            pack::panels::<W>(self.kernel, x, b, first * W, last - first, step.0..step.1, place);
-        }
-    }
-
-    fn task(&self, task: usize, left: Option<&Packed>, right: Option<&Packed>, room: &mut Room) {
+    fn task(&self, at: &Place, left: Option<&Packed>, right: Option<&Packed>, room: &mut Room, sums: Option<Sums>) {
         let Product { m, n, .. } = self.p;
-        let per_product = self.blocks.0 * self.blocks.1;
-        let (b, block) = (task / per_product, task % per_product);
-        // Neighbours share their columns of the right operand.
-        let (row, column) = (block % self.blocks.0, block / self.blocks.0);
-        let rows = part(m.div_ceil(ROWS), self.blocks.0, row);
-        let columns = part(n.div_ceil(COLUMNS), self.blocks.1, column);
-        let (tall, wide) = (rows.1 - rows.0, columns.1 - columns.0);
-        for step in 0..self.steps {
-            let (from, to) = self.step(step);
+        let b = at.b;
+        let (tall, wide) = (at.rows.len(), at.columns.len());
+        // Where the tile of a panel by a panel lies, by columns: of all there are, or of the task's.
+        let (panels, columns) = self.panels();
+        let (sums, first, pitch) = match sums {
+            Some(s) => (s.0, (b * columns + at.columns.start) * panels + at.rows.start, panels),
+            None => (room.sums.as_mut_ptr(), 0, tall),
+        };
+        for step in at.steps.clone() {
+            let units = self.step(step);
             // SAFETY: panels that are shared are there; the buffers have room for as many panels as a task has, of at most
             // `DEPTH` units.
             let (l, r) = unsafe {
                 let l = match left {
-                    Some(p) => p.at::<ROWS>(self, b, (from, to), rows.0),
+                    Some(p) => p.at::<ROWS>(b, &units, at.rows.start),
                     None => {
                         let l = room.lhs.as_mut_ptr();
-                        pack::panels::<ROWS>(self.kernel, &self.lhs, b, rows.0 * ROWS, tall, from..to, l);
+                        let first = at.rows.start * ROWS;
+                        pack::panels::<ROWS>(self.kernel, &self.lhs, b, first, tall, units.clone(), l);
                         l
                     }
                 };
                 let r = match right {
-                    Some(p) => p.at::<COLUMNS>(self, b, (from, to), columns.0),
+                    Some(p) => p.at::<COLUMNS>(b, &units, at.columns.start),
                     None => {
                         let r = room.rhs.as_mut_ptr();
-                        pack::panels::<COLUMNS>(self.kernel, &self.rhs, b, columns.0 * COLUMNS, wide, from..to, r);
+                        let first = at.columns.start * COLUMNS;
+                        pack::panels::<COLUMNS>(self.kernel, &self.rhs, b, first, wide, units.clone(), r);
                         r
                     }
                 };
@@ -345,12 +470,12 @@ impl Job {
                     // SAFETY: offsets within the panels and the sums, as above.
                     let (l, r, sums) = unsafe {
                         (
-                            l.add(i * ROWS * (to - from)),
-                            r.add(j * COLUMNS * (to - from)),
-                            room.sums.as_mut_ptr().add((j * tall + i) * TILE).cast::<f32>(),
+                            l.add(i * ROWS * units.len()),
+                            r.add(j * COLUMNS * units.len()),
+                            sums.add((first + j * pitch + i) * TILE).cast::<f32>(),
                         )
                     };
-                    let (row, column) = ((rows.0 + i) * ROWS, (columns.0 + j) * COLUMNS);
+                    let (row, column) = ((at.rows.start + i) * ROWS, (at.columns.start + j) * COLUMNS);
                     let emit = (step + 1 == self.steps).then(|| Emit {
                         to: self.out,
                         at: (b * m + row) * n + column,
@@ -360,11 +485,19 @@ impl Job {
                     });
                     // SAFETY: panels and sums are as long as the kernels read and write, the kernel is one this machine
                     // has, and what is emitted lies within the result, in a block that no other task writes.
-                    unsafe { tile(self.kernel, to - from, l, r, sums, step > 0, emit.as_ref()) };
+                    unsafe { tile(self.kernel, units.len(), l, r, sums, step > 0, emit.as_ref()) };
                 }
             }
         }
     }
+}
+
+/// A task: panels of rows by panels of columns of a product of the batch, over some steps.
+struct Place {
+    b: usize,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    steps: Range<usize>,
 }
 
 /// What a thread works in: panels that it does not share, and sums.
