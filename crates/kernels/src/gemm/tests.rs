@@ -58,22 +58,34 @@ fn every_layout_and_edge() {
     }
 }
 
+/// What is shared goes by in phases, of steps or of columns, or is not shared at all.
+#[test]
+fn phases_change_nothing() {
+    for (batch, m, n, k) in [(1, 300, 300, 1200), (2, 170, 290, 700), (1, 150, 1100, 600)] {
+        for (lhs_transposed, rhs_transposed) in [(false, false), (true, true)] {
+            let p = Product { batch, m, n, k, lhs_transposed, rhs_transposed };
+            let (l, r) = (numbers(batch * m * k, 5), numbers(batch * k * n, 6));
+            let want = plain(&p, &l, &r);
+            for (units, sums) in
+                [(1 << 16, usize::MAX), (1 << 18, usize::MAX), (3 << 16, 0), (1 << 17, 0), (1, 0), (1, usize::MAX)]
+            {
+                let mut y = vec![f32::NAN; want.len()];
+                let limits = job::Limits { units, sums };
+                within(&run, &p, Rows::F32(&l), Rows::F32(&r), &mut Out::F32(&mut y), limits).unwrap();
+                assert!(y == want, "{p:?} {units} units, {sums} sums");
+            }
+        }
+    }
+}
+
 #[test]
 fn the_portable_kernel_agrees() {
     let p = Product { batch: 1, m: 29, n: 45, k: 77, lhs_transposed: true, rhs_transposed: true };
     let (l, r) = (numbers(p.m * p.k, 3), numbers(p.k * p.n, 4));
     let mut y = vec![0.0; p.m * p.n];
     let job = |data: *const f32, free, k_inside| Operand { data: data.cast(), is_bf16: false, free, k: p.k, k_inside };
-    let job = Job {
-        p,
-        kernel: Kernel::Portable,
-        lhs: job(l.as_ptr(), p.m, false),
-        rhs: job(r.as_ptr(), p.n, true),
-        out: Target::F32(y.as_mut_ptr()),
-        blocks: (2, 1),
-        units: p.k,
-        steps: 1,
-    };
+    let operands = (job(l.as_ptr(), p.m, false), job(r.as_ptr(), p.n, true));
+    let job = job::Job::new(p, Kernel::Portable, operands, p.k, Target::F32(y.as_mut_ptr()), job::LIMITS);
     job.run(&run);
     assert_eq!(y, plain(&p, &l, &r));
 }
