@@ -312,9 +312,9 @@ fn partitioned(
     Ok(crate::mesh::lay_out(layout, &config.mesh, partition, arch)?)
 }
 
-/// Frozen parameters are only ever read in the activation dtype.
+/// Frozen parameters are only ever read in the activation dtype. No file has more digits than f32 to read.
 fn frozen_dtype(activations: DType) -> DType {
-    activations
+    if activations == DType::F64 { DType::F32 } else { activations }
 }
 
 /// As few blocks as keep one block's logits near [`BLOCK_BYTES`] or [`BLOCK_ROWS`], whatever is more.
