@@ -308,7 +308,7 @@ mod tests {
     fn words_of_enumerations() {
         assert_eq!(text("remat_policy", "minimal_flash"), Ok(Value::from("minimal_with_context")));
         let (message, hint) = text("dtype", "bfloat6").unwrap_err();
-        assert_eq!(message, "`bfloat6` is not one of `bfloat16`, `float32` or `float16`");
+        assert_eq!(message, "`bfloat6` is not one of `bfloat16`, `float32`, `float16` or `float64`");
         assert_eq!(hint.as_deref(), Some("did you mean `bfloat16`?"));
         let (message, _) = text("attention", "flash").unwrap_err();
         assert!(message.starts_with("`flash` is not supported: this version"), "{message}");
