@@ -190,6 +190,34 @@ impl Buffer {
         api.wait(operation, a.event)
     }
 
+    /// Copies bytes from `start` on as they lie on the device, which on a CPU is row-major. Waits for them first.
+    ///
+    /// # Errors
+    /// When the range leaves the buffer, it is gone, its program failed, or the plugin cannot do this.
+    pub fn copy_part_to(&self, start: usize, destination: &mut [u8]) -> Result<()> {
+        let operation = "copy a part of a buffer to the host";
+        self.check_live(operation)?;
+        let (len, size) = (destination.len(), self.size_in_bytes());
+        if start.checked_add(len).is_none_or(|end| end > size) {
+            return Err(PjrtError::Range { start, end: start.saturating_add(len), len: size });
+        }
+        if len == 0 {
+            return self.wait();
+        }
+        let raw = |n: usize| i64::try_from(n).map_err(|_| PjrtError::Range { start, end: start + len, len: size });
+        let mut a = args!(PJRT_Buffer_CopyRawToHost_Args {
+            buffer: self.raw,
+            dst: destination.as_mut_ptr().cast(),
+            offset: raw(start)?,
+            transfer_size: raw(len)?,
+        });
+        let api = self.client.api();
+        // SAFETY: the range is within the buffer, the destination as long, and borrowed mutably until the event below has
+        // happened.
+        unsafe { call!(api, operation, PJRT_Buffer_CopyRawToHost, a) }?;
+        api.wait(operation, a.event)
+    }
+
     /// The address of its memory, where the platform tells (CPU does: there it is ordinary memory).
     #[must_use]
     pub fn address(&self) -> Option<usize> {

@@ -47,7 +47,7 @@ pub(super) const KEYS: &[Key] = &within(
         Key::bool("checkpoint_storage_use_ocdbt", true, "Writes OCDBT in Orbax checkpoints.").inert(NATIVE),
         Key::bool("checkpoint_storage_use_zarr3", true, "Writes zarr3 in Orbax checkpoints.").inert(NATIVE),
         Key::int("checkpoint_storage_concurrent_gb", 96, "Bytes in flight while Orbax reads or writes, in GB.")
-            .inert("reading and writing are streamed in bounded memory"),
+            .inert("reading is streamed; saving holds one array on a CPU, elsewhere a copy of the state"),
         Key::text("checkpoint_todelete_subdir", "", "Directory to which old checkpoints are moved.")
             .or_null()
             .only("old checkpoints are deleted"),

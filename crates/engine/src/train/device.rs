@@ -22,7 +22,7 @@ use crate::hosts::peers::{Peers, own_rows, sum_arrays};
 use crate::rows::RowTable;
 use crate::runtime::{Compiled, Runtime};
 use crate::shards::{self, Memory, Sharded};
-use crate::train_state::{Share, TableSnapshot};
+use crate::train_state::{Array, Data, Share, TableSnapshot};
 use crate::{EngineError, Model};
 
 type Result<T> = std::result::Result<T, TrainError>;
@@ -365,8 +365,9 @@ impl<'r> Device<'r> {
         Ok(self.table()?.whole()?)
     }
 
-    /// Copies trained parameters and moments to the host, one array a parameter of the model: names as in the parameter table,
-    /// moments with their prefix. With `all`, untrained ones that are on the device too.
+    /// Trained parameters and moments, one array a parameter of the model: names as in the parameter table, moments with their
+    /// prefix. With `all`, untrained ones that are on the device too. Those that are not copied to the host now are to be
+    /// [fetched](Self::fetch) before the next step.
     pub(crate) fn snapshot(&self, all: bool, share: Share) -> Result<HostState> {
         let slots: Vec<(&Slot, bool)> = self.plan.slots().zip(self.trained.iter().copied()).collect();
         let kept = |(slot, trained): (&Slot, bool)| (all || trained) && !self.plan.step.is_hosted(slot);
@@ -384,21 +385,62 @@ impl<'r> Device<'r> {
                 continue;
             }
             state.held.extend(slot.members.iter().map(|m| m.name.clone()));
-            if let Some(host) = self.whole(buffer, *mine)? {
-                unstack(slot, &host, "", &mut state.params)?;
-            }
+            self.members(slot, buffer, "", *mine, &mut state.params)?;
         }
         let mut buffers = self.moments.iter();
         for (prefix, _) in lists {
             for (&(slot, _), mine) in slots.iter().zip(&mine).filter(|((_, trained), _)| *trained) {
                 let buffer = buffers.next().ok_or_else(missing)?;
-                let host = if self.plan.step.is_hosted(slot) { None } else { self.whole(buffer, *mine)? };
-                if let Some(host) = host {
-                    unstack(slot, &host, prefix, &mut state.moments)?;
+                if !self.plan.step.is_hosted(slot) {
+                    self.members(slot, buffer, prefix, *mine, &mut state.moments)?;
                 }
             }
         }
         Ok(state)
+    }
+
+    /// The parameters in a slot, or their moments, where they are wanted here: as they are now, or where that needs no copy, to be
+    /// fetched.
+    fn members(&self, slot: &Slot, array: &Sharded, prefix: &str, wanted: bool, into: &mut Vec<Array>) -> Result<()> {
+        let names = slot.members.iter().map(|m| (format!("{prefix}{}", m.name), &m.shape));
+        if self.saves_in_place() {
+            let later = |shape: &Shape| Data::Later(array.dtype(), shape.clone());
+            into.extend(names.filter(|_| wanted).map(|(name, shape)| Array { name, data: later(shape) }));
+            return Ok(());
+        }
+        let Some(host) = self.whole(array, wanted)? else { return Ok(()) };
+        let size = host.bytes().len() / slot.members.len();
+        for ((name, shape), bytes) in names.zip(host.bytes().chunks(size)) {
+            let data = Data::Here(HostArray::from_bytes(host.dtype(), shape.clone(), bytes)?);
+            into.push(Array { name, data });
+        }
+        Ok(())
+    }
+
+    /// Whether arrays are read when they are written. On a CPU a copy of everything would take the memory that the run has
+    /// itself, and the memory that files are written to is no slower than that of a copy; elsewhere the device should not wait.
+    fn saves_in_place(&self) -> bool {
+        self.mesh.devices() == 1 && self.runtime.client().platform_name() == "cpu"
+    }
+
+    /// A parameter by its name, or a moment of it, on the host.
+    pub(crate) fn fetch(&self, name: &str) -> Result<HostArray> {
+        let lists = self.plan.step.update.moment_dtypes();
+        let moment = lists.iter().enumerate().find_map(|(i, (prefix, _))| Some((i, name.strip_prefix(prefix)?)));
+        let parameter = moment.map_or(name, |(_, parameter)| parameter);
+        let member = |slot: &Slot| slot.members.iter().position(|m| m.name == parameter);
+        let found = self.plan.slots().enumerate().find_map(|(i, slot)| Some((i, slot, member(slot)?)));
+        let (i, slot, member) = found.ok_or_else(missing)?;
+        let array = match moment {
+            None => self.params.get(i),
+            Some((list, _)) => {
+                let trained = |to: usize| self.trained.iter().take(to).filter(|t| **t).count();
+                self.moments.get(list * trained(usize::MAX) + trained(i))
+            }
+        };
+        let array = array.ok_or_else(missing)?;
+        let shape = &slot.members[member].shape;
+        Ok(array.part_to_host(member * shape.elements() * array.dtype().size(), array.dtype(), shape)?)
     }
 
     /// An array on the host, where it is wanted here. One that lies with several processes comes together on the devices first, for
@@ -415,13 +457,13 @@ impl<'r> Device<'r> {
     }
 }
 
-/// What a run's devices hold, on the host.
+/// What a run's devices hold, on the host or to be fetched.
 #[derive(Debug, Default)]
 pub(crate) struct HostState {
     /// Parameters that fall to this process.
-    pub(crate) params: Vec<(String, HostArray)>,
+    pub(crate) params: Vec<Array>,
     /// Their moments.
-    pub(crate) moments: Vec<(String, HostArray)>,
+    pub(crate) moments: Vec<Array>,
     /// Names of the parameters that fall to any process.
     pub(crate) held: Vec<String>,
 }
@@ -505,14 +547,6 @@ fn options(plan: &Plan, library: bool) -> CompileOptions {
         _ => CompileOptions::verify_f32(),
     };
     options.partitioned(plan.devices())
-}
-
-fn unstack(slot: &Slot, host: &HostArray, prefix: &str, into: &mut Vec<(String, HostArray)>) -> Result<()> {
-    let size = host.bytes().len() / slot.members.len();
-    for (m, bytes) in slot.members.iter().zip(host.bytes().chunks(size)) {
-        into.push((format!("{prefix}{}", m.name), HostArray::from_bytes(host.dtype(), m.shape.clone(), bytes)?));
-    }
-    Ok(())
 }
 
 /// The same values in another float dtype.

@@ -24,7 +24,7 @@ use super::step::{Scalars, StepSums};
 use crate::data::{self, BatchSource, DataReport, FixedBatches, Prefetch, TokenBatch};
 use crate::hosts::peers::Peers;
 use crate::metrics::{self, EvalMetrics, MetricsOptions, MetricsWriter, StepMetrics};
-use crate::train_state::{Array, AsyncSaver, Loaded, Share, Snapshot, Store, TrainerState};
+use crate::train_state::{Array, AsyncSaver, Data, Loaded, Share, Snapshot, Store, TrainerState};
 use crate::{Model, Runtime, init};
 
 type Result<T> = std::result::Result<T, TrainError>;
@@ -421,8 +421,7 @@ impl Run<'_> {
             written_by: concat!("lapidary ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
         let frozen = table.iter().filter(|p| !held.contains(p.name.as_str())).map(|p| p.name.clone()).collect();
-        let array = |(name, data)| Array { name, data };
-        let mut params: Vec<Array> = params.into_iter().map(array).collect();
+        let mut params = params;
         let mut frozen: Vec<String> = frozen;
         if all
             && frozen.iter().any(|n| n == EMBED_TOKENS_PER_LAYER)
@@ -430,15 +429,15 @@ impl Run<'_> {
         {
             // Drawn at random and kept on the host: nothing else could give it back.
             if self.share.process == 0 {
-                params.push(Array { name: EMBED_TOKENS_PER_LAYER.into(), data: device.host_table()? });
+                params.push(Array { name: EMBED_TOKENS_PER_LAYER.into(), data: Data::Here(device.host_table()?) });
             }
             frozen.retain(|n| n != EMBED_TOKENS_PER_LAYER);
         }
-        let moments = moments.into_iter().map(array).collect();
         // The one before is complete after this, or its error is here.
         saver.finish()?;
         tell_saved(saver, &mut self.paused, events);
-        saver.submit(Snapshot { state, params, frozen, moments, table: hosted })?;
+        let snapshot = Snapshot { state, params, frozen, moments, table: hosted };
+        saver.submit(snapshot, &mut |name| device.fetch(name))?;
         if !self.config.checkpoint.asynchronous {
             saver.finish()?;
         }

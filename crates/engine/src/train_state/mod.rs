@@ -37,7 +37,7 @@ use std::sync::Arc;
 
 use fs_err as fs;
 use serde::{Deserialize, Serialize};
-use tensor::HostArray;
+use tensor::{DType, HostArray, Shape};
 
 use crate::rows::RowTable;
 
@@ -83,8 +83,40 @@ pub struct Array {
     /// Hugging Face name without a prefix; for moments with `mu:` or `nu:` before it.
     pub name: String,
     /// The values, in the shape of the parameter table.
-    pub data: HostArray,
+    pub data: Data,
 }
+
+/// Values of an array.
+#[derive(Debug, Clone)]
+pub enum Data {
+    /// They are here.
+    Here(HostArray),
+    /// They are asked for when they are written, so that no more than one array is held.
+    Later(DType, Shape),
+}
+
+impl Data {
+    /// The element type.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        match self {
+            Data::Here(array) => array.dtype(),
+            Data::Later(dtype, _) => *dtype,
+        }
+    }
+
+    /// The shape.
+    #[must_use]
+    pub fn shape(&self) -> &Shape {
+        match self {
+            Data::Here(array) => array.shape(),
+            Data::Later(_, shape) => shape,
+        }
+    }
+}
+
+/// Gives the values of an array by its name, for those that are [`Data::Later`].
+pub type Fetch<'a> = dyn FnMut(&str) -> Result<HostArray, StateError> + 'a;
 
 /// A parameter of which a run has changed some rows, and has moments for these alone.
 #[derive(Debug, Clone)]
@@ -139,6 +171,14 @@ pub struct Store {
     options: StoreOptions,
     #[cfg(test)]
     fault: std::sync::Mutex<Option<&'static str>>,
+}
+
+impl Snapshot {
+    /// How many arrays are asked for when they are written.
+    #[must_use]
+    pub fn later(&self) -> usize {
+        self.params.iter().chain(&self.moments).filter(|a| matches!(a.data, Data::Later(..))).count()
+    }
 }
 
 impl Store {

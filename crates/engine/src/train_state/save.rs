@@ -16,7 +16,7 @@ use tensor::{DType, HostArray, ParamSpec, Shape};
 use super::frozen::Frozen;
 use super::record::Record;
 use super::share::{self, Listed, Part, Share};
-use super::{Array, OPTIMIZER_FILE, ROWS, Snapshot, StateError, Store, TableSnapshot, check};
+use super::{Array, Data, Fetch, OPTIMIZER_FILE, ROWS, Snapshot, StateError, Store, TableSnapshot, check};
 use crate::convert::config::sidecars;
 use crate::forward::narrow;
 
@@ -46,12 +46,23 @@ pub struct Saved {
 /// Where the bytes of a planned tensor come from.
 enum Bytes<'s> {
     Given(&'s HostArray),
+    /// An array of this name, asked for now.
+    Later(&'s str),
     /// A whole table: changed rows, and all others.
     Table(&'s TableSnapshot),
     /// The numbers of a table's changed rows.
     Rows(&'s [i32]),
     /// A parameter of one of [`Frozen::models`].
     Model(usize, &'s str),
+}
+
+impl<'s> Bytes<'s> {
+    fn of(array: &'s Array) -> Self {
+        match &array.data {
+            Data::Here(values) => Bytes::Given(values),
+            Data::Later(..) => Bytes::Later(&array.name),
+        }
+    }
 }
 
 /// Files of one kind, and their tensors in the order of the plan.
@@ -61,7 +72,8 @@ struct Group<'s> {
 }
 
 impl Store {
-    /// Writes a checkpoint, and then removes old ones. `progress` gets bytes written and bytes to write.
+    /// Writes a checkpoint, and then removes old ones. `fetch` is asked once for each array that the snapshot does not hold;
+    /// `progress` gets bytes written and bytes to write.
     ///
     /// A step that exists is replaced if it is of the same run (optimizer, keys, trained parameters, place in the data), or
     /// damaged. Of several processes ([`StoreOptions::share`](super::StoreOptions)) every one calls this; those other than 0 are
@@ -71,14 +83,19 @@ impl Store {
     /// When the snapshot does not fit the architecture, the step exists and is of another run, frozen tensors are nowhere
     /// to be found, space is short, another process does not do its part, or the file system refuses. Earlier checkpoints are then
     /// as they were.
-    pub fn save(&self, snapshot: &Snapshot, progress: &mut dyn FnMut(u64, u64)) -> Result<Saved, StateError> {
+    pub fn save(
+        &self,
+        snapshot: &Snapshot,
+        fetch: &mut Fetch<'_>,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Saved, StateError> {
         let step = snapshot.state.step;
         let table = param_table(&self.options.arch);
         let unfit = |reason| StateError::Snapshot { step, reason };
         check::fits(snapshot, &table).map_err(unfit)?;
         let path = self.path(step);
         if self.options.share.process > 0 {
-            return self.save_part(snapshot, &table, path, progress);
+            return self.save_part(snapshot, &table, path, fetch, progress);
         }
         if self.options.share == Share::ALONE {
             let (params, moments) = (check::given(snapshot), check::moments(snapshot));
@@ -99,7 +116,7 @@ impl Store {
         check_space(&path, plan.bytes().saturating_add(small).saturating_add(16 << 20))?;
         fs::create_dir_all(&self.dir)?;
         let mut staged = StagedDir::create(&path, true)?;
-        let result = self.fill(staged.path(), snapshot, &plan, &frozen, extra, progress);
+        let result = self.fill(staged.path(), snapshot, &plan, &frozen, extra, fetch, progress);
         let linked = match result {
             Ok(linked) => linked,
             Err(e) => {
@@ -126,6 +143,7 @@ impl Store {
         snapshot: &Snapshot,
         table: &[ParamSpec],
         path: PathBuf,
+        fetch: &mut Fetch<'_>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Saved, StateError> {
         let (step, share) = (snapshot.state.step, self.options.share);
@@ -134,7 +152,7 @@ impl Store {
         let dir = share::opened(&path, share, step)?;
         let mut write = || -> Result<Part, StateError> {
             check_space(&dir, plan.bytes())?;
-            self.write_arrays(&dir, step, &plan, &frozen, progress)
+            self.write_arrays(&dir, step, &plan, &frozen, fetch, progress)
         };
         match write() {
             Ok(part) => part.hand_in(&dir, share)?,
@@ -155,6 +173,7 @@ impl Store {
         plan: &Plan<'_>,
         frozen: &Frozen,
         mut extra: Vec<(String, Vec<u8>)>,
+        fetch: &mut Fetch<'_>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<u64, StateError> {
         self.reach("staged")?;
@@ -176,7 +195,7 @@ impl Store {
             }));
         }
         self.reach("linked")?;
-        let mut whole = self.write_arrays(dir, step, plan, frozen, progress)?;
+        let mut whole = self.write_arrays(dir, step, plan, frozen, fetch, progress)?;
         files.append(&mut whole.files);
         if share != Share::ALONE {
             for process in 1..share.count {
@@ -220,6 +239,7 @@ impl Store {
         step: u64,
         plan: &Plan<'_>,
         frozen: &Frozen,
+        fetch: &mut Fetch<'_>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Part, StateError> {
         let (total, mut done) = (plan.data_bytes(), 0);
@@ -231,6 +251,7 @@ impl Store {
                     file,
                     &mut |index, sink| match group.bytes.get(index) {
                         Some(Bytes::Given(array)) => Ok(sink.write(array.bytes())?),
+                        Some(Bytes::Later(name)) => Ok(sink.write(fetch(name)?.bytes())?),
                         Some(Bytes::Table(table)) => write_table(table, sink),
                         Some(Bytes::Rows(rows)) => {
                             Ok(sink.write(&rows.iter().flat_map(|r| r.to_le_bytes()).collect::<Vec<u8>>())?)
@@ -347,7 +368,7 @@ impl<'s> Plan<'s> {
             let (dtype, bytes) = if let Some(table) = snapshot.table.as_ref().filter(|t| t.name == name) {
                 (table.weights.dtype(), Bytes::Table(table))
             } else if let Some(array) = given.get(name) {
-                (array.data.dtype(), Bytes::Given(&array.data))
+                (array.data.dtype(), Bytes::of(array))
             } else if let Some((&key, &model)) = copied.get_key_value(name) {
                 let dtype = sources.models.get(model).map(|m| m.dtype(key)).transpose();
                 let dtype = dtype.map_err(|e| StateError::Source(Box::new(e)))?;
@@ -366,7 +387,7 @@ impl<'s> Plan<'s> {
             let shape = a.name.split_once(':').and_then(|(_, n)| shapes.get(n)).map(|s| (*s).clone());
             let shape = shape.unwrap_or_else(|| a.data.shape().clone());
             moments.0.push(TensorPlan { name: a.name.clone(), dtype: a.data.dtype(), shape });
-            moments.1.push(Bytes::Given(&a.data));
+            moments.1.push(Bytes::of(a));
         }
         if let Some(t) = &snapshot.table {
             let plan = |name: String, dtype, shape| TensorPlan { name, dtype, shape };

@@ -1,7 +1,10 @@
 //! Saves on a thread, so that training goes on.
 
 use std::sync::Arc;
+use std::sync::mpsc::{channel, sync_channel};
 use std::thread::JoinHandle;
+
+use tensor::HostArray;
 
 use super::{Saved, Snapshot, StateError, Store};
 
@@ -24,16 +27,49 @@ impl AsyncSaver {
 
     /// Waits for the save before, if one is under way, and starts this one.
     ///
+    /// Arrays that the snapshot does not hold are asked of `fetch`, each once, when they are written; this returns when it
+    /// has given the last.
+    ///
     /// # Errors
-    /// The error of the save before; the new snapshot is then not saved.
-    pub fn submit(&mut self, snapshot: Snapshot) -> Result<(), StateError> {
+    /// The error of the save before; the new snapshot is then not saved. Those of `fetch`.
+    pub fn submit<E: From<StateError>>(
+        &mut self,
+        snapshot: Snapshot,
+        fetch: &mut dyn FnMut(&str) -> Result<HostArray, E>,
+    ) -> Result<(), E> {
         self.finish()?;
-        let step = snapshot.state.step;
+        let (step, later) = (snapshot.state.step, snapshot.later());
         let store = Arc::clone(&self.store);
-        let thread = std::thread::Builder::new()
-            .name("checkpoint".to_owned())
-            .spawn(move || store.save(&snapshot, &mut |_, _| {}))?;
+        let (ask, asked) = channel::<String>();
+        // One that is being written and one that waits.
+        let (give, given) = sync_channel::<HostArray>(1);
+        let save = move || {
+            let mut fetch = |name: &str| {
+                let gone = |_| StateError::Thread(format!("{name}, which was not given"));
+                ask.send(name.to_owned()).map_err(|e| gone(e.to_string()))?;
+                given.recv().map_err(|e| gone(e.to_string()))
+            };
+            store.save(&snapshot, &mut fetch, &mut |_, _| {})
+        };
+        let thread = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(save).map_err(StateError::from)?;
         self.running = Some((step, thread));
+        for _ in 0..later {
+            // A save that failed asks no more; its error comes with `finish`.
+            let Ok(name) = asked.recv() else { break };
+            match fetch(&name) {
+                Ok(array) => {
+                    if give.send(array).is_err() {
+                        break;
+                    }
+                }
+                Err(e) => {
+                    // The save ends for want of the array, which is not the reason.
+                    drop(give);
+                    let _ = self.finish();
+                    return Err(e);
+                }
+            }
+        }
         Ok(())
     }
 

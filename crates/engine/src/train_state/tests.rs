@@ -98,7 +98,20 @@ fn is_trained(name: &str) -> bool {
 fn array(name: &str, shape: &tensor::Shape, dtype: DType, seed: u64) -> Array {
     let stream = Philox::new(seed, name);
     let values: Vec<f64> = (0..shape.elements()).map(|i| f64::from(stream.truncated_normal(i as u64))).collect();
-    Array { name: name.to_owned(), data: HostArray::from_f64(dtype, shape.clone(), &values).unwrap() }
+    Array { name: name.to_owned(), data: Data::Here(HostArray::from_f64(dtype, shape.clone(), &values).unwrap()) }
+}
+
+/// The values of an array that a snapshot holds.
+fn values(a: &Array) -> &HostArray {
+    match &a.data {
+        Data::Here(values) => values,
+        Data::Later(..) => panic!("{} is not here", a.name),
+    }
+}
+
+/// For snapshots that hold everything.
+fn no_fetch(name: &str) -> Result<HostArray, StateError> {
+    panic!("{name} was asked for")
 }
 
 /// The state after a step: norms in f32, other parameters in bf16, moments in f32.
@@ -133,7 +146,7 @@ fn snapshot(step: u64, all: bool, trained: impl Fn(&str) -> bool) -> Snapshot {
 }
 
 fn save(store: &Store, s: &Snapshot) -> Saved {
-    store.save(s, &mut |_, _| {}).unwrap()
+    store.save(s, &mut no_fetch, &mut |_, _| {}).unwrap()
 }
 
 fn is(a: &TensorView, b: &HostArray) {
@@ -145,14 +158,14 @@ fn is(a: &TensorView, b: &HostArray) {
 fn holds(loaded: &Loaded, s: &Snapshot, source: &Model) {
     assert_eq!(loaded.state, s.state);
     for a in &s.params {
-        is(&loaded.param(&a.name).unwrap(), &a.data);
+        is(&loaded.param(&a.name).unwrap(), values(a));
     }
     for name in &s.frozen {
         is(&loaded.param(name).unwrap(), &source.read(name).unwrap());
     }
     assert_eq!(loaded.moments().count(), s.moments.len());
     for a in &s.moments {
-        is(&loaded.moment(&a.name).unwrap(), &a.data);
+        is(&loaded.moment(&a.name).unwrap(), values(a));
     }
 }
 
@@ -185,7 +198,7 @@ fn a_run_comes_back_bit_by_bit() {
             let s = snapshot(step, false, is_trained);
             let mut last = (0, 0);
             let saved = store
-                .save(&s, &mut |done, total| {
+                .save(&s, &mut no_fetch, &mut |done, total| {
                     assert!(done >= last.0 && done <= total);
                     last = (done, total);
                 })
@@ -262,7 +275,7 @@ fn frozen_files_are_shared() {
 fn a_run_without_a_source_gives_everything_once() {
     let case = Case::new();
     let store = case.try_store(None, None).unwrap();
-    let error = store.save(&snapshot(1, false, is_trained), &mut |_, _| {}).unwrap_err().to_string();
+    let error = store.save(&snapshot(1, false, is_trained), &mut no_fetch, &mut |_, _| {}).unwrap_err().to_string();
     assert!(error.contains("embed_tokens.weight (and 1 others)") && error.contains("first save"), "{error}");
     assert_eq!(store.steps(), [0u64; 0]);
     let first = snapshot(1, true, is_trained);
@@ -399,7 +412,7 @@ fn a_kill_at_any_place_leaves_the_run_as_it_was() {
         let first = snapshot(1, false, is_trained);
         save(&store, &first);
         *store.fault.lock().unwrap() = Some(place);
-        let error = store.save(&snapshot(2, false, is_trained), &mut |_, _| {}).unwrap_err();
+        let error = store.save(&snapshot(2, false, is_trained), &mut no_fetch, &mut |_, _| {}).unwrap_err();
         assert!(error.to_string().contains(place));
         assert_eq!(names(&case.dir()), [".2.lapidary-partial", "1"], "{place}");
         assert_eq!(store.latest().unwrap(), Some(1));
@@ -420,7 +433,7 @@ fn an_error_leaves_nothing_behind() {
     save(&store, &snapshot(1, false, is_trained));
     // A file where the new step should lie.
     fs::write(store.path(2), "").unwrap();
-    assert!(store.save(&snapshot(2, false, is_trained), &mut |_, _| {}).is_err());
+    assert!(store.save(&snapshot(2, false, is_trained), &mut no_fetch, &mut |_, _| {}).is_err());
     assert_eq!(names(&case.dir()), ["1", "2"]);
     assert_eq!(store.steps(), [1]);
 }
@@ -465,7 +478,7 @@ fn a_step_is_replaced_by_its_like_alone() {
     let refused = |change: &dyn Fn(&mut Snapshot), what: &str| {
         let mut s = snapshot(1, false, is_trained);
         change(&mut s);
-        let error = store.save(&s, &mut |_, _| {}).unwrap_err();
+        let error = store.save(&s, &mut no_fetch, &mut |_, _| {}).unwrap_err();
         assert!(matches!(error, StateError::Exists { .. }), "{error}");
         assert!(error.to_string().contains(what), "{error}");
         holds(&store.load(1).unwrap(), &again, &source);
@@ -487,7 +500,7 @@ fn snapshots_that_do_not_fit_are_refused() {
     let refused = |change: &dyn Fn(&mut Snapshot), what: &str| {
         let mut s = snapshot(1, false, is_trained);
         change(&mut s);
-        let error = store.save(&s, &mut |_, _| {}).unwrap_err();
+        let error = store.save(&s, &mut no_fetch, &mut |_, _| {}).unwrap_err();
         assert!(matches!(error, StateError::Snapshot { step: 1, .. }), "{error}");
         assert!(error.to_string().contains(what), "{what}: {error}");
         assert!(!case.dir().exists() || names(&case.dir()).is_empty());
@@ -498,11 +511,8 @@ fn snapshots_that_do_not_fit_are_refused() {
     refused(&|s| s.params.push(s.params[0].clone()), "given twice");
     refused(&|s| s.frozen.push(s.params[0].name.clone()), "given as well");
     refused(&|s| s.params[0].name = "nonsense".into(), "nonsense is no parameter");
-    refused(&|s| s.params[0].data = HostArray::zeros(DType::F32, [3]).unwrap(), "has the shape");
-    refused(
-        &|s| s.params[0].data = HostArray::zeros(DType::F16, s.params[0].data.shape().clone()).unwrap(),
-        "is float16",
-    );
+    refused(&|s| s.params[0].data = Data::Here(HostArray::zeros(DType::F32, [3]).unwrap()), "has the shape");
+    refused(&|s| s.params[0].data = Data::Later(DType::F16, s.params[0].data.shape().clone()), "is float16");
     refused(&|s| s.state.trained.push("embed_tokens.weight".into()), "is trained, but not given");
     refused(&|s| s.state.trained.push(s.state.trained[0].clone()), "named twice");
     refused(&|s| drop(s.moments.remove(0)), "is missing (of");
@@ -511,7 +521,7 @@ fn snapshots_that_do_not_fit_are_refused() {
     refused(&|s| s.moments[0].name = "mu:embed_tokens.weight".into(), "not trained");
     refused(&|s| s.moments[0].name = "vu:norm.weight".into(), "neither mu:NAME nor nu:NAME");
     refused(&|s| s.moments.push(s.moments[0].clone()), "is there twice");
-    refused(&|s| s.moments[0].data = HostArray::zeros(DType::F32, [3]).unwrap(), "has the shape");
+    refused(&|s| s.moments[0].data = Data::Here(HostArray::zeros(DType::F32, [3]).unwrap()), "has the shape");
 }
 
 #[test]
@@ -534,33 +544,79 @@ fn errors_of_a_thread_come_with_the_next_call() {
     let store = Arc::new(case.store(None));
     let mut saver = AsyncSaver::new(Arc::clone(&store));
     saver.finish().unwrap();
-    saver.submit(snapshot(1, false, is_trained)).unwrap();
-    saver.submit(snapshot(2, false, is_trained)).unwrap();
+    saver.submit(snapshot(1, false, is_trained), &mut no_fetch).unwrap();
+    saver.submit(snapshot(2, false, is_trained), &mut no_fetch).unwrap();
     saver.finish().unwrap();
     assert_eq!(saver.take_saved().iter().map(|s| s.step).collect::<Vec<_>>(), [1, 2]);
     assert!(!saver.is_busy());
     let mut bad = snapshot(3, false, is_trained);
     bad.moments.pop();
-    saver.submit(bad.clone()).unwrap();
+    saver.submit(bad.clone(), &mut no_fetch).unwrap();
     // The next submit fails and saves nothing; the one after works again.
-    let error = saver.submit(snapshot(4, false, is_trained)).unwrap_err();
+    let error = saver.submit(snapshot(4, false, is_trained), &mut no_fetch).unwrap_err();
     assert!(matches!(error, StateError::Snapshot { step: 3, .. }), "{error}");
     assert_eq!(store.steps(), [1, 2]);
-    saver.submit(snapshot(4, false, is_trained)).unwrap();
+    saver.submit(snapshot(4, false, is_trained), &mut no_fetch).unwrap();
     saver.finish().unwrap();
-    saver.submit(bad).unwrap();
+    saver.submit(bad, &mut no_fetch).unwrap();
     assert!(saver.finish().is_err());
     saver.finish().unwrap();
     // Dropping waits.
-    saver.submit(snapshot(5, false, is_trained)).unwrap();
+    saver.submit(snapshot(5, false, is_trained), &mut no_fetch).unwrap();
     drop(saver);
     assert_eq!(store.steps(), [1, 2, 4, 5]);
     store.load(5).unwrap();
 }
 
+/// Arrays that are fetched are written as those that are here, each asked for once; a failed fetch saves nothing.
+#[test]
+fn arrays_are_fetched_when_they_are_written() {
+    let here = snapshot(1, true, is_trained);
+    let mut later = here.clone();
+    for a in later.params.iter_mut().chain(&mut later.moments) {
+        a.data = Data::Later(a.data.dtype(), a.data.shape().clone());
+    }
+    assert_eq!((here.later(), later.later()), (0, here.params.len() + here.moments.len()));
+    let arrays: BTreeMap<&str, &HostArray> =
+        here.params.iter().chain(&here.moments).map(|a| (a.name.as_str(), values(a))).collect();
+
+    let case = Case::new();
+    let store = Arc::new(case.store(None));
+    let mut saver = AsyncSaver::new(Arc::clone(&store));
+    let mut asked = Vec::new();
+    let mut fetch = |name: &str| -> Result<HostArray, StateError> {
+        asked.push(name.to_owned());
+        Ok(arrays[name].clone())
+    };
+    saver.submit(later.clone(), &mut fetch).unwrap();
+    saver.finish().unwrap();
+    asked.sort();
+    assert_eq!(asked, arrays.keys().copied().collect::<Vec<_>>());
+    let other = Case::new();
+    save(&other.store(None), &here);
+    for file in ["model-trained-00001.safetensors", OPTIMIZER_FILE] {
+        let [a, b] = [&case, &other].map(|c| fs::read(c.dir().join("1").join(file)).unwrap());
+        assert!(a == b, "{file}");
+    }
+
+    later.state.step = 2;
+    let mut left = 3;
+    let mut fails = |name: &str| -> Result<HostArray, StateError> {
+        left -= 1;
+        if left == 0 { Err(StateError::Option("the device is gone".into())) } else { Ok(arrays[name].clone()) }
+    };
+    let error = saver.submit(later.clone(), &mut fails).unwrap_err().to_string();
+    assert_eq!(error, "the device is gone");
+    // What does not fit the plan is noticed, too.
+    let mut wrong = |_: &str| -> Result<HostArray, StateError> { Ok(HostArray::zeros(DType::F32, [3]).unwrap()) };
+    saver.submit(later, &mut wrong).unwrap();
+    assert!(saver.finish().unwrap_err().to_string().contains("bytes"));
+    assert_eq!(store.steps(), [1]);
+}
+
 /// What falls to one of `count` processes of a snapshot.
 fn part_of(s: &Snapshot, process: usize, count: usize) -> Snapshot {
-    let sizes: Vec<u64> = s.params.iter().map(|a| a.data.bytes().len() as u64).collect();
+    let sizes: Vec<u64> = s.params.iter().map(|a| values(a).bytes().len() as u64).collect();
     let owners = Share { process, count }.deal(&sizes);
     let mine: std::collections::BTreeSet<&str> =
         s.params.iter().zip(owners).filter(|(_, o)| *o == process).map(|(a, _)| a.name.as_str()).collect();
@@ -575,7 +631,7 @@ fn save_together(case: &Case, parts: &[Snapshot]) -> Vec<Result<Saved, StateErro
     // Opening clears leftovers, so that all open before any saves.
     let stores: Vec<Store> = (0..parts.len()).map(|p| case.shared(p, parts.len())).collect();
     std::thread::scope(|scope| {
-        let save = |(store, part): (&Store, &Snapshot)| store.save(part, &mut |_, _| {});
+        let save = |(store, part): (&Store, &Snapshot)| store.save(part, &mut no_fetch, &mut |_, _| {});
         let running: Vec<_> = stores.iter().zip(parts).map(|pair| scope.spawn(move || save(pair))).collect();
         running.into_iter().map(|t| t.join().unwrap()).collect()
     })

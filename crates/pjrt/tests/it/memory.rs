@@ -45,6 +45,22 @@ fn a_donated_buffer_is_taken_over_and_gone() {
 }
 
 #[test]
+fn parts_of_a_buffer_come_by_themselves() {
+    let values: Vec<f32> = (0..6).map(|i| i as f32).collect();
+    let buffer = put(&f32s(&[2, 3], &values));
+    let mut row = [0u8; 12];
+    buffer.copy_part_to(12, &mut row).unwrap();
+    assert_eq!(row, *HostArray::from_slice([3], &values[3..]).unwrap().bytes());
+    buffer.copy_part_to(24, &mut []).unwrap();
+    for start in [13, 24, usize::MAX] {
+        let error = buffer.copy_part_to(start, &mut row).unwrap_err();
+        assert!(matches!(error, PjrtError::Range { len: 24, .. }), "{error}");
+    }
+    buffer.delete().unwrap();
+    assert!(matches!(buffer.copy_part_to(0, &mut row), Err(PjrtError::Deleted { .. })));
+}
+
+#[test]
 fn a_donated_buffer_can_be_kept_for_one_run() {
     let program = compile(DONATING);
     let (a, b) = (put(&vector(1.0)), put(&vector(2.0)));
