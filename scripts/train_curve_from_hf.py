@@ -2,9 +2,10 @@
 """The losses of a short training run by transformers in f64, to compare `lapidary train` with.
 
 usage: train_curve_from_hf.py MODEL BATCHES OUT.json [--steps N] [--lr RATE] [--dtype float64|float32] [--threads N]
+       [--draw ROWS TOKENS]
 
 MODEL is a Hugging Face directory; BATCHES a safetensors file whose tensor `batches` is [steps, rows, tokens] (what
-`lapidary train --batches` takes). The rule is AdamW (0.9, 0.95, eps 1e-8, decay 0.1 on everything), gradients clipped to norm 1,
+`lapidary train --batches` takes), which --draw makes of random tokens. The rule is AdamW (0.9, 0.95, eps 1e-8, decay 0.1 on everything), gradients clipped to norm 1,
 a constant learning rate: in Lapidary's keys adam_b1=0.9 adam_b2=0.95 adam_weight_decay=0.1 gradient_clipping_threshold=1.0
 warmup_steps_fraction=0.0 learning_rate_final_fraction=1.0.
 
@@ -20,6 +21,7 @@ import sys
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import Gemma4ForCausalLM
 
 
@@ -49,8 +51,20 @@ def round_frequencies(model):
         setattr(rotary, f"{kind}_inv_freq", new)
 
 
+def draw(args):
+    """Batches of random tokens; control tokens are left out."""
+    with open(f"{args.model}/config.json") as f:
+        config = json.load(f)
+    vocab = config.get("text_config", config)["vocab_size"]
+    random = torch.Generator().manual_seed(1)
+    batches = torch.randint(4, vocab, (args.steps, *args.draw), generator=random, dtype=torch.int32)
+    save_file({"batches": batches}, args.batches)
+
+
 def train(args):
     torch.set_num_threads(args.threads)
+    if args.draw:
+        draw(args)
     dtype = getattr(torch, args.dtype)
     model = Gemma4ForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="eager")
     model.config.use_cache = False
@@ -99,6 +113,7 @@ if __name__ == "__main__":
     p.add_argument("--lr", type=float, default=3e-4)
     p.add_argument("--dtype", default="float64", choices=["float64", "float32"])
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--draw", type=int, nargs=2, metavar=("ROWS", "TOKENS"), help="make BATCHES first")
     p.add_argument("--compare", help="metrics.jsonl of a run; OUT.json is read instead of made if it has its steps")
     p.add_argument("--bound", type=float, default=1e-4)
     a = p.parse_args()

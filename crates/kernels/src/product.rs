@@ -11,7 +11,7 @@ use crate::{Format, KernelError, Matrix, Pool};
 use crate::{rows, tiles};
 
 /// Bytes of weights that a thread takes at a time.
-const GRAIN: usize = 64 << 10;
+const GRAIN: usize = 256 << 10;
 /// Most rows of `x` that go through a block of weights at once; more go through it again while it is in the cache.
 pub(crate) const MAX_M: usize = 8;
 /// Most rows of weights of a unit of work.
@@ -218,6 +218,14 @@ impl Job<'_> {
         let (n, format) = (self.matrix.n(), self.matrix.format());
         let tile = Layout::of(format).and_then(|layout| layout.tile(self.matrix.k()));
         let mut sums: Sums = [[0.0; MAX_M]; MAX_ROWS];
+        let mut units = units;
+        if m == 1 && tile.is_none() {
+            let of = (format, self.matrix.k());
+            units.start += rows::several(of, self.weights, units.clone(), n, &x.rows, &mut |unit, values| {
+                sums.iter_mut().zip(values).for_each(|(sums, value)| sums[0] = value);
+                self.write(rows::Rows::of_unit(unit, n).iter(), 0..1, &sums);
+            });
+        }
         for unit in units {
             for first in (0..m).step_by(MAX_M) {
                 let xs = first..m.min(first + MAX_M);

@@ -82,6 +82,24 @@ proptest! {
     }
 
     /// What a row of x gives does not depend on its company, the threads, what comes next or where the matrix lies.
+    /// A single row goes through several units at a time; it is what it would be beside another.
+    #[test]
+    fn one_row_by_itself(n in 1usize..220, k in 1usize..300, offset in 0usize..70, seed: u64) {
+        let mut random = Random(seed);
+        let x: Vec<bf16> = random.numbers(2 * k).into_iter().map(bf16::from_f32).collect();
+        let w = stored(Format::Bf16, &random.numbers(n * k), n, k, offset);
+        let wide: Vec<f32> = x.iter().map(|v| v.to_f32()).collect();
+        for pool in pools() {
+            let (mut one, mut two) = (vec![f32::NAN; n], vec![f32::NAN; 2 * n]);
+            products(&pool, Rows::Bf16(&x[..k]), 1, &[&w], &mut [Out::F32(&mut one)]).unwrap();
+            products(&pool, Rows::Bf16(&x), 2, &[&w], &mut [Out::F32(&mut two)]).unwrap();
+            prop_assert_eq!(&one, &two[..n], "{:?}", pool);
+            for (y, (exact, size)) in one.iter().zip(exact(&wide[..k], 1, &w)) {
+                prop_assert!((f64::from(*y) - exact).abs() <= 2e-6 * size + 1e-30, "{y} for {exact} by {pool:?}");
+            }
+        }
+    }
+
     #[test]
     fn rows_are_independent(m in 2usize..18, n in 1usize..30, k in 1usize..150, offset in 0usize..70, seed: u64) {
         let mut random = Random(seed);

@@ -211,6 +211,42 @@ fn curves_are_proved_in_f64() {
     assert!(exact.iter().zip(&narrow).any(|(a, b)| a.1 != b.1), "{exact:?}");
 }
 
+/// Twenty steps beside transformers and torch's AdamW in f64 on the same batches (`scripts/train_curve_from_hf.py`).
+#[test]
+fn curves_are_those_of_pytorch() {
+    let _turn = alone();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/e2b");
+    let text = fs_err::read_to_string(golden.join("curve.json")).unwrap();
+    let curve: Vec<f64> =
+        serde_json::from_value(serde_json::from_str::<Value>(&text).unwrap()["losses"].take()).unwrap();
+    assert_eq!(curve.len(), 20);
+    let dir = tempfile::tempdir().unwrap();
+    let path = |p: &Path| p.to_str().unwrap().to_owned();
+    // A run in f64 is left with scalars of a step (learning rate, corrections, the gradient's norm) in f32.
+    for (dtype, bound) in [("float32", 1e-4), ("float64", 1e-5)] {
+        let keys = [
+            format!("run_name={dtype}"),
+            format!("base_output_directory={}", path(dir.path())),
+            format!("load_parameters_path={}", path(&golden.join("model"))),
+            format!("dtype={dtype}"),
+            format!("weight_dtype={dtype}"),
+        ];
+        let batches = path(&golden.join("curve_batches.safetensors"));
+        let rule = "steps=20 per_device_batch_size=4 max_target_length=48 learning_rate=1e-3 adam_b1=0.9 adam_b2=0.95 \
+                    adam_eps=1e-8 adam_weight_decay=0.1 gradient_clipping_threshold=1.0 warmup_steps_fraction=0.0 \
+                    learning_rate_final_fraction=1.0 save_checkpoint_on_start=false enable_tensorboard=false";
+        let mut words = vec!["train", "--batches", &batches];
+        words.extend(keys.iter().map(String::as_str).chain(rule.split_whitespace()));
+        lapidary(&words).exits(0);
+        let found = losses(&dir.path().join(dtype));
+        assert_eq!(found.len(), curve.len());
+        for ((step, loss), wanted) in found.into_iter().zip(&curve) {
+            assert!((loss - wanted).abs() <= bound * wanted, "step {step}: {loss} for {wanted} in {dtype}");
+        }
+    }
+    assert!(curve[0] - curve[19] > 0.5, "the curve falls: {curve:?}");
+}
+
 #[test]
 fn a_loss_that_is_no_number_stops_the_run_and_leaves_its_batch() {
     let _turn = alone();

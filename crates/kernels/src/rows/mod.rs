@@ -202,6 +202,32 @@ fn even_odd<T: Copy>(from: &[T], to: &mut [f32], width: usize, widen: impl Fn(T)
     }
 }
 
+/// Calls `take` with the sums of units of a matrix of `n` rows with the only row of `x`, where a kernel reads several units at a
+/// time: for those at the beginning of `all`. Returns how many were.
+pub(crate) fn several(
+    (format, k): (Format, usize),
+    weights: &[u8],
+    all: Range<usize>,
+    n: usize,
+    x: &Prepared,
+    take: &mut dyn FnMut(usize, [f32; UNIT]),
+) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if x.level == Level::Avx512Bf16 && format == Format::Bf16 && x.pairs.len() == x.stride {
+        let step = units(n);
+        // Those behind lack their last row.
+        let whole = all.start..all.end.min((n + step).saturating_sub(UNIT * step));
+        let count = whole.len();
+        if count > 0 {
+            // SAFETY: such a level is only prepared for where the processor has it.
+            unsafe { pairs::several(weights, whole, step, k, &x.pairs, take) };
+        }
+        return count;
+    }
+    let _ = (format, k, weights, all, n, x, take);
+    0
+}
+
 /// Computes the sums of some rows (at most [`UNIT`]) of a matrix of `k` columns with some rows (at most 8) of `x`.
 pub(crate) fn sums(
     (format, k): (Format, usize),
