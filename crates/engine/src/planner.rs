@@ -33,6 +33,7 @@ pub fn memory_of(plan: &Plan, compiler: Compiler) -> Memory {
             PerLayerTable::Device | PerLayerTable::HostTrained => None,
         },
         compiler,
+        called: o.loss.called,
     };
     memory(&plan.arch, &plan.layout, &shape, &|s: &Slot| {
         let role = plan.role(s);
@@ -251,6 +252,18 @@ mod tests {
         "scan_layers=true",
         "remat_policy=full",
     ];
+
+    #[test]
+    fn attention_that_is_called_has_no_scores() {
+        let (config, arch) = config(E2B);
+        let mut plan = Plan::new(&config, arch).unwrap();
+        let layer = |plan: &Plan| memory_of(plan, Compiler::Rows).layer;
+        let printed = layer(&plan);
+        plan.step.loss.called = true;
+        // With scores a sliding layer needs most: two f32 arrays of 8192 queries of 8 heads by the keys of two windows. Without, a
+        // full one, whose heads are wider by 256.
+        assert_eq!(printed - layer(&plan), 2 * 4 * 8192 * 8 * 2 * 512 - 4 * 2 * 8192 * 8 * 256);
+    }
 
     #[test]
     fn sixteen_small_devices_want_their_weights_cut() {

@@ -10,6 +10,7 @@ use tensor::{DType, Shape};
 
 use crate::arch::{Arch, Layer, LayerKind};
 use crate::attention::FULL_BLOCK;
+use crate::called;
 use crate::decoder::LayerRemat;
 use crate::layer::names;
 use crate::layout::{Layout, Slot};
@@ -69,6 +70,8 @@ pub struct StepShape<'a> {
     pub host_rows: Option<DType>,
     /// Who compiles it.
     pub compiler: Compiler,
+    /// See [`crate::loss::LossOptions::called`]: functions that are called keep scores to themselves, a block at a time.
+    pub called: bool,
 }
 
 /// Bytes on one device.
@@ -362,8 +365,11 @@ impl Counter<'_> {
             .unwrap_or(0)
     }
 
-    /// Attention scores of a layer.
+    /// Attention scores of a layer that are arrays of the program.
     fn scores(&self, layer: &Layer) -> u64 {
+        if self.shape.called && called::attends(layer.head_dim) {
+            return 0;
+        }
         let (t, w) = (self.shape.seq as u64, self.arch.spec().sliding_window as u64);
         let rows = self.wide(axis::HEADS, self.arch.num_heads());
         match layer.kind {

@@ -102,8 +102,6 @@ impl<'r> Device<'r> {
     ) -> Result<(Self, CompileReport)> {
         let start = std::time::Instant::now();
         let client = runtime.client();
-        let mut plan = plan;
-        plan.step.loss.called = product_calls(runtime, &plan).is_some();
         let mesh = plan.layout.mesh();
         let several = peers.is_some();
         // Without them the program sums.
@@ -521,7 +519,7 @@ fn compile(runtime: &Runtime, program: Program, plan: &Plan) -> Result<Compiled>
 }
 
 /// Products that a program on one device of this machine does not leave to the compiler.
-fn product_calls(runtime: &Runtime, plan: &Plan) -> Option<ProductCalls> {
+pub(super) fn product_calls(runtime: &Runtime, plan: &Plan) -> Option<ProductCalls> {
     let calls = crate::kernels::product_calls(plan.step.loss.dtype)?;
     let can = plan.layout.partition().is_none() && crate::kernels::register(runtime.client()).is_ok();
     can.then_some(calls)

@@ -13,7 +13,7 @@ use serde_json::json;
 use tensor::DType;
 
 use super::TrainError;
-use super::device::{CompileReport, Device, HostState, Moments};
+use super::device::{CompileReport, Device, HostState, Moments, product_calls};
 use super::optimizer::Rule;
 use super::plan::Plan;
 use super::source::Given;
@@ -141,7 +141,8 @@ pub fn train(
     // Processes that sum gradients have a model each; the devices of others are one mesh.
     let replicas = peers.filter(|p| p.sums_gradients()).map_or(1, Peers::count);
     let slices = if processes > replicas { config.mesh.slices() } else { 1 };
-    let plan = Plan::on(config, arch, &config.mesh.resolve(runtime.client().mesh_devices().len(), slices)?)?;
+    let mut plan = Plan::on(config, arch, &config.mesh.resolve(runtime.client().mesh_devices().len(), slices)?)?;
+    plan.step.loss.called = product_calls(runtime, &plan).is_some();
 
     // Where the run stands.
     let share = Share { process: rank, count: processes };
