@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use graph::{Graph, InputOptions, Mesh, OutputOptions, Program, Sharding};
-use pjrt::{Buffer, Client, Executable};
+use pjrt::{Buffer, Client, Code, Executable, PjrtError};
 use tensor::{DType, HostArray, Shape};
 
 use crate::{EngineError, Result};
@@ -210,21 +210,26 @@ impl Sharded {
         self.parts.get(device)
     }
 
-    /// Bytes of the whole from `start` on, as a host array, where one device of this process holds all of it.
+    /// An array that lies within this one from byte `start` on, where one device of this process holds all of it.
     ///
     /// # Errors
-    /// When it lies elsewhere or on several, the bytes leave it, or the device refuses.
-    pub fn part_to_host(&self, start: usize, dtype: DType, shape: &Shape) -> Result<HostArray> {
+    /// When it lies elsewhere or on several, the part leaves it, or the device refuses.
+    pub fn part_to_host(&self, start: usize, shape: &Shape) -> Result<HostArray> {
         let [only] = &self.parts[..] else {
             return Err(EngineError::Input(format!("an array of {} parts has no part by itself", self.parts.len())));
         };
-        let mut part = HostArray::zeros(dtype, shape.clone())?;
-        if only.copy_part_to(start, part.bytes_mut()).is_err() {
-            // A plugin without this call gives the whole.
-            let whole = only.to_host()?;
-            let bytes = whole.bytes().get(start..).and_then(|b| b.get(..part.bytes().len()));
-            let bytes = bytes.ok_or_else(|| EngineError::Input(format!("no {dtype}{shape} from byte {start} on")))?;
-            part.bytes_mut().copy_from_slice(bytes);
+        if *only.shape() != self.shape {
+            return Err(EngineError::Input(format!("{} of {} is not the whole array", only.shape(), self.shape)));
+        }
+        let mut part = HostArray::zeros(self.dtype, shape.clone())?;
+        match only.copy_part_to(start, part.bytes_mut()) {
+            Err(PjrtError::Plugin { code: Code::Unimplemented, .. } | PjrtError::Unsupported { .. }) => {
+                let whole = only.to_host()?;
+                let bytes = whole.bytes().get(start..).and_then(|b| b.get(..part.bytes().len()));
+                let bytes = bytes.ok_or_else(|| EngineError::Input(format!("no {shape} from byte {start} on")))?;
+                part.bytes_mut().copy_from_slice(bytes);
+            }
+            done => done?,
         }
         Ok(part)
     }

@@ -81,7 +81,6 @@ proptest! {
         }
     }
 
-    /// What a row of x gives does not depend on its company, the threads, what comes next or where the matrix lies.
     /// A single row goes through several units at a time; it is what it would be beside another.
     #[test]
     fn one_row_by_itself(n in 1usize..220, k in 1usize..300, offset in 0usize..70, seed: u64) {
@@ -100,6 +99,7 @@ proptest! {
         }
     }
 
+    /// What a row of x gives does not depend on its company, the threads, what comes next or where the matrix lies.
     #[test]
     fn rows_are_independent(m in 2usize..18, n in 1usize..30, k in 1usize..150, offset in 0usize..70, seed: u64) {
         let mut random = Random(seed);

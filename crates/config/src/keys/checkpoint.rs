@@ -10,7 +10,11 @@ pub(super) const KEYS: &[Key] = &within(
     Category::Checkpoint,
     [
         Key::bool("enable_checkpointing", true, "Saves and restores checkpoints."),
-        Key::bool("async_checkpointing", true, "Writes checkpoints while training goes on."),
+        Key::bool(
+            "async_checkpointing",
+            true,
+            "Writes checkpoints while training goes on; on one CPU device, flushes them: arrays are written before the next step.",
+        ),
         Key::int("checkpoint_period", 10_000, "Steps between checkpoints.").at_least(1),
         Key::bool("save_checkpoint_on_start", true, "Saves before the first step."),
         Key::bool("save_checkpoint_on_completion", true, "Saves after the last step."),
@@ -47,7 +51,7 @@ pub(super) const KEYS: &[Key] = &within(
         Key::bool("checkpoint_storage_use_ocdbt", true, "Writes OCDBT in Orbax checkpoints.").inert(NATIVE),
         Key::bool("checkpoint_storage_use_zarr3", true, "Writes zarr3 in Orbax checkpoints.").inert(NATIVE),
         Key::int("checkpoint_storage_concurrent_gb", 96, "Bytes in flight while Orbax reads or writes, in GB.")
-            .inert("reading is streamed; saving holds one array on a CPU, elsewhere a copy of the state"),
+            .inert("reading is streamed; saving holds one array on one CPU device, elsewhere a copy of the state"),
         Key::text("checkpoint_todelete_subdir", "", "Directory to which old checkpoints are moved.")
             .or_null()
             .only("old checkpoints are deleted"),

@@ -415,8 +415,8 @@ impl<'r> Device<'r> {
         Ok(())
     }
 
-    /// Whether arrays are read when they are written. On a CPU a copy of everything would take the memory that the run has
-    /// itself, and the memory that files are written to is no slower than that of a copy; elsewhere the device should not wait.
+    /// Whether arrays are read when they are written, and the next step waits until the last has been. On a CPU a copy of
+    /// everything would take as much memory again as the run's state; elsewhere the device should not wait for a disk.
     fn saves_in_place(&self) -> bool {
         self.mesh.devices() == 1 && self.runtime.client().platform_name() == "cpu"
     }
@@ -428,7 +428,8 @@ impl<'r> Device<'r> {
         let parameter = moment.map_or(name, |(_, parameter)| parameter);
         let member = |slot: &Slot| slot.members.iter().position(|m| m.name == parameter);
         let found = self.plan.slots().enumerate().find_map(|(i, slot)| Some((i, slot, member(slot)?)));
-        let (i, slot, member) = found.ok_or_else(missing)?;
+        let unknown = || EngineError::Input(format!("no array {name} is on the device"));
+        let (i, slot, member) = found.ok_or_else(unknown)?;
         let array = match moment {
             None => self.params.get(i),
             Some((list, _)) => {
@@ -436,9 +437,9 @@ impl<'r> Device<'r> {
                 self.moments.get(list * trained(usize::MAX) + trained(i))
             }
         };
-        let array = array.ok_or_else(missing)?;
+        let array = array.ok_or_else(unknown)?;
         let shape = &slot.members[member].shape;
-        Ok(array.part_to_host(member * shape.elements() * array.dtype().size(), array.dtype(), shape)?)
+        Ok(array.part_to_host(member * shape.elements() * array.dtype().size(), shape)?)
     }
 
     /// An array on the host, where it is wanted here. One that lies with several processes comes together on the devices first, for

@@ -405,7 +405,7 @@ impl Run<'_> {
         let clock = Instant::now();
         // The first checkpoint of a run holds everything, later ones what changed.
         let all = self.saved.is_none();
-        let HostState { params, moments, held } = device.snapshot(all, self.share)?;
+        let HostState { mut params, moments, held } = device.snapshot(all, self.share)?;
         let hosted = device.table_snapshot()?;
         let cursor = serde_json::to_value(source.cursor()).unwrap_or_default();
         let table = param_table(&self.plan.arch);
@@ -422,7 +422,6 @@ impl Run<'_> {
             written_by: concat!("lapidary ", env!("CARGO_PKG_VERSION")).to_owned(),
         };
         let frozen = table.iter().filter(|p| !held.contains(p.name.as_str())).map(|p| p.name.clone()).collect();
-        let mut params = params;
         let mut frozen: Vec<String> = frozen;
         if all
             && frozen.iter().any(|n| n == EMBED_TOKENS_PER_LAYER)

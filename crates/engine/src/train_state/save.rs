@@ -65,6 +65,12 @@ impl<'s> Bytes<'s> {
     }
 }
 
+/// What a save asks for, and what it tells.
+struct Talk<'a> {
+    fetch: &'a mut Fetch<'a>,
+    progress: &'a mut dyn FnMut(u64, u64),
+}
+
 /// Files of one kind, and their tensors in the order of the plan.
 struct Group<'s> {
     files: Vec<PlannedFile>,
@@ -89,13 +95,14 @@ impl Store {
         fetch: &mut Fetch<'_>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Saved, StateError> {
+        let mut talk = Talk { fetch, progress };
         let step = snapshot.state.step;
         let table = param_table(&self.options.arch);
         let unfit = |reason| StateError::Snapshot { step, reason };
         check::fits(snapshot, &table).map_err(unfit)?;
         let path = self.path(step);
         if self.options.share.process > 0 {
-            return self.save_part(snapshot, &table, path, fetch, progress);
+            return self.save_part(snapshot, &table, path, &mut talk);
         }
         if self.options.share == Share::ALONE {
             let (params, moments) = (check::given(snapshot), check::moments(snapshot));
@@ -116,7 +123,7 @@ impl Store {
         check_space(&path, plan.bytes().saturating_add(small).saturating_add(16 << 20))?;
         fs::create_dir_all(&self.dir)?;
         let mut staged = StagedDir::create(&path, true)?;
-        let result = self.fill(staged.path(), snapshot, &plan, &frozen, extra, fetch, progress);
+        let result = self.fill(staged.path(), snapshot, &plan, &frozen, extra, &mut talk);
         let linked = match result {
             Ok(linked) => linked,
             Err(e) => {
@@ -143,8 +150,7 @@ impl Store {
         snapshot: &Snapshot,
         table: &[ParamSpec],
         path: PathBuf,
-        fetch: &mut Fetch<'_>,
-        progress: &mut dyn FnMut(u64, u64),
+        talk: &mut Talk<'_>,
     ) -> Result<Saved, StateError> {
         let (step, share) = (snapshot.state.step, self.options.share);
         let frozen = Frozen::default();
@@ -152,7 +158,7 @@ impl Store {
         let dir = share::opened(&path, share, step)?;
         let mut write = || -> Result<Part, StateError> {
             check_space(&dir, plan.bytes())?;
-            self.write_arrays(&dir, step, &plan, &frozen, fetch, progress)
+            self.write_arrays(&dir, step, &plan, &frozen, talk)
         };
         match write() {
             Ok(part) => part.hand_in(&dir, share)?,
@@ -173,8 +179,7 @@ impl Store {
         plan: &Plan<'_>,
         frozen: &Frozen,
         mut extra: Vec<(String, Vec<u8>)>,
-        fetch: &mut Fetch<'_>,
-        progress: &mut dyn FnMut(u64, u64),
+        talk: &mut Talk<'_>,
     ) -> Result<u64, StateError> {
         self.reach("staged")?;
         let (step, share) = (snapshot.state.step, self.options.share);
@@ -195,7 +200,7 @@ impl Store {
             }));
         }
         self.reach("linked")?;
-        let mut whole = self.write_arrays(dir, step, plan, frozen, fetch, progress)?;
+        let mut whole = self.write_arrays(dir, step, plan, frozen, talk)?;
         files.append(&mut whole.files);
         if share != Share::ALONE {
             for process in 1..share.count {
@@ -239,8 +244,7 @@ impl Store {
         step: u64,
         plan: &Plan<'_>,
         frozen: &Frozen,
-        fetch: &mut Fetch<'_>,
-        progress: &mut dyn FnMut(u64, u64),
+        talk: &mut Talk<'_>,
     ) -> Result<Part, StateError> {
         let (total, mut done) = (plan.data_bytes(), 0);
         let mut part = Part { step, ..Part::default() };
@@ -251,7 +255,7 @@ impl Store {
                     file,
                     &mut |index, sink| match group.bytes.get(index) {
                         Some(Bytes::Given(array)) => Ok(sink.write(array.bytes())?),
-                        Some(Bytes::Later(name)) => Ok(sink.write(fetch(name)?.bytes())?),
+                        Some(Bytes::Later(name)) => Ok(sink.write((talk.fetch)(name)?.bytes())?),
                         Some(Bytes::Table(table)) => write_table(table, sink),
                         Some(Bytes::Rows(rows)) => {
                             Ok(sink.write(&rows.iter().flat_map(|r| r.to_le_bytes()).collect::<Vec<u8>>())?)
@@ -262,7 +266,7 @@ impl Store {
                         },
                         None => Err("it is not planned".into()),
                     },
-                    &mut |n| progress(done + n, total),
+                    &mut |n| (talk.progress)(done + n, total),
                 )?;
                 part.files.push(written);
                 done += file.tensors.iter().map(|t| t.bytes).sum::<u64>();

@@ -1,7 +1,7 @@
 //! Saves on a thread, so that training goes on.
 
 use std::sync::Arc;
-use std::sync::mpsc::{channel, sync_channel};
+use std::sync::mpsc::channel;
 use std::thread::JoinHandle;
 
 use tensor::HostArray;
@@ -40,9 +40,9 @@ impl AsyncSaver {
         self.finish()?;
         let (step, later) = (snapshot.state.step, snapshot.later());
         let store = Arc::clone(&self.store);
+        // One array at a time: the next is asked for when one has been written.
         let (ask, asked) = channel::<String>();
-        // One that is being written and one that waits.
-        let (give, given) = sync_channel::<HostArray>(1);
+        let (give, given) = channel::<HostArray>();
         let save = move || {
             let mut fetch = |name: &str| {
                 let gone = |_| StateError::Thread(format!("{name}, which was not given"));
