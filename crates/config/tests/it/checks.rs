@@ -257,7 +257,7 @@ fn mesh() {
 fn words() {
     for (word, message) in [
         ("attention=bogus", "attention (command line): `bogus` is not one of `autoselected` or `dot_product`"),
-        ("dtype=fp32", "dtype (command line): `fp32` is not one of `bfloat16`, `float32` or `float16`"),
+        ("dtype=fp32", "dtype (command line): `fp32` is not one of `bfloat16`, `float32`, `float16` or `float64`"),
         (
             "remat_policy=custom",
             "remat_policy (command line): `custom` is not supported: choosing tensor by tensor is \
