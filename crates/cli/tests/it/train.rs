@@ -211,6 +211,51 @@ fn curves_are_proved_in_f64() {
     assert!(exact.iter().zip(&narrow).any(|(a, b)| a.1 != b.1), "{exact:?}");
 }
 
+/// A checkpoint holds parameters, whether a program has them one by one or in stacks.
+#[test]
+fn looped_layers_are_saved_as_written_out_ones() {
+    let _turn = alone();
+    let dir = tempfile::tempdir().unwrap();
+    write_text(dir.path());
+    let [looped, plain] = ["scan_layers=true", "scan_layers=false"].map(|scan| {
+        let keys = [scan, "base_num_decoder_layers=20", "num_kv_shared_layers=10", "steps=1", "max_target_length=64"];
+        train(dir.path(), &scan[12..], &keys).exits(0);
+        let checkpoints = dir.path().join(&scan[12..]).join("checkpoints");
+        [files(&checkpoints.join("0")), files(&checkpoints.join("1"))]
+    });
+    let first = "model-trained-00001.safetensors";
+    assert!(looped[0][first] == plain[0][first], "the same seed draws the same weights");
+    for file in [first, "optimizer.safetensors"] {
+        let read = |run: &BTreeMap<String, Vec<u8>>| {
+            let tensors = safetensors(&run[file]);
+            assert!(tensors.len() > 100, "{}", tensors.len());
+            tensors
+        };
+        let (a, b) = (read(&looped[1]), read(&plain[1]));
+        assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+        for (name, a) in &a {
+            let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+            let off = norm(&mut a.iter().zip(&b[name]).map(|(a, b)| f64::from(a - b)));
+            // Rounding differs; another layer's array would be off by its whole size.
+            assert!(off <= 0.05 * norm(&mut b[name].iter().map(|&b| f64::from(b))), "{file}: {name}");
+        }
+    }
+}
+
+/// The f32 tensors of a file by name.
+fn safetensors(bytes: &[u8]) -> BTreeMap<String, Vec<f32>> {
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: BTreeMap<String, Value> = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let data = &bytes[8 + length..];
+    let tensors = header.into_iter().filter(|(name, _)| name != "__metadata__");
+    let values = |v: Value| {
+        assert_eq!(v["dtype"], "F32");
+        let at = |i: usize| v["data_offsets"][i].as_u64().unwrap() as usize;
+        data[at(0)..at(1)].as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+    };
+    tensors.map(|(name, v)| (name, values(v))).collect()
+}
+
 /// Twenty steps beside transformers and torch's AdamW in f64 on the same batches (`scripts/train_curve_from_hf.py`).
 #[test]
 fn curves_are_those_of_pytorch() {
