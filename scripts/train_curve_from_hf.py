@@ -5,8 +5,8 @@ usage: train_curve_from_hf.py MODEL BATCHES OUT.json [--steps N] [--lr RATE] [--
        [--draw ROWS TOKENS]
 
 MODEL is a Hugging Face directory; BATCHES a safetensors file whose tensor `batches` is [steps, rows, tokens] (what
-`lapidary train --batches` takes), which --draw makes of random tokens. The rule is AdamW (0.9, 0.95, eps 1e-8, decay 0.1 on everything), gradients clipped to norm 1,
-a constant learning rate: in Lapidary's keys adam_b1=0.9 adam_b2=0.95 adam_weight_decay=0.1 gradient_clipping_threshold=1.0
+`lapidary train --batches` takes), which --draw makes of random tokens. The rule is AdamW (0.9, 0.95, eps 1e-8, decay 0.1 on
+everything), gradients clipped to norm 1, a constant learning rate: in Lapidary's keys adam_b1=0.9 adam_b2=0.95 adam_weight_decay=0.1 gradient_clipping_threshold=1.0
 warmup_steps_fraction=0.0 learning_rate_final_fraction=1.0.
 
 transformers computes norms, softmax, rotation and loss in f32 whatever the model's dtype is: with float64 these are widened here.
